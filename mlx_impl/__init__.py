@@ -1,0 +1,45 @@
+"""minimac-mlx: a language model that keeps learning, in MLX.
+
+Importing this package loads a fast BLAS on Linux and nothing else; MLX comes with the first public name that
+needs it (PEP 562), so that `minimac-mlx --help` stays quick.
+"""
+
+import importlib
+from typing import Any
+
+from mlx_impl.blas import load_fast_blas
+
+load_fast_blas()
+
+_PUBLIC = {
+    "BPETokenizer": "tokenizer",
+    "ContinualLLM": "model",
+    "ContinualLearner": "learner",
+    "ContinualLearningConfig": "config",
+    "ModelConfig": "config",
+    "PRESETS": "config",
+    "Tokenizer": "tokenizer",
+    "TrainConfig": "config",
+}
+
+__all__ = [
+    "PRESETS",
+    "BPETokenizer",
+    "ContinualLLM",
+    "ContinualLearner",
+    "ContinualLearningConfig",
+    "ModelConfig",
+    "Tokenizer",
+    "TrainConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,243 @@
+"""Configurations: of a model, of a training run, of continual learning. Each default stands here and only here.
+
+A field's help is its metadata; the command line builds its options from it. `ModelConfig` speaks the names of the
+original project; `to_hf` and `from_hf` translate to the `config.json` of Hugging Face and mlx-lm, where every
+field is written out because the two disagree about what an absent one means.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_impl.errors import DamagedFileError, InputError
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that carries its own help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def help_of(cls: type, name: str) -> str:
+    """The help text of one field of a configuration class."""
+    return str({f.name: f for f in dataclasses.fields(cls)}[name].metadata["help"])
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The default of one field of a configuration class."""
+    return {f.name: f for f in dataclasses.fields(cls)}[name].default
+
+
+def checked(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Build a configuration from a mapping; every unknown key and wrong type is named at once (InputError)."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    wrong = [f"{key} (unknown)" for key in values if key not in fields]
+    for key, value in values.items():
+        default = fields[key].default if key in fields else None
+        accepted: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+        if (
+            key in fields
+            and default is not None
+            and default is not dataclasses.MISSING
+            and (not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)))
+        ):
+            wrong.append(f"{key} ({value!r} is not a {type(default).__name__})")
+    if wrong:
+        raise InputError(f"{where}: {', '.join(wrong)}; known keys are {', '.join(fields)}")
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Llama-like transformer. The defaults are the preset `medium`."""
+
+    vocab_size: int = option(32000, "rows of the embedding table")
+    d_model: int = option(768, "model width D")
+    num_layers: int = option(12, "transformer layers")
+    num_query_heads: int = option(12, "query heads H")
+    num_kv_heads: int = option(3, "key/value heads K; H must be a multiple of K")
+    d_ff: int = option(3072, "width of the SwiGLU hidden layer")
+    max_seq_len: int = option(2048, "longest context trained for, in tokens")
+    norm_eps: float = option(1e-6, "epsilon of RMSNorm")
+    rope_base: float = option(10000.0, "base (theta) of the rotary embedding")
+    tie_embeddings: bool = option(True, "whether the output head is the embedding table")
+    dropout: float = option(0.0, "dropout on both residual branches while training")
+    head_dim: int | None = option(None, "width of one head; default d_model / num_query_heads")
+    attention_bias: bool = option(False, "biases on q, k, v and o")
+    mlp_bias: bool = option(False, "biases on gate, up and down")
+    rope_scaling: dict[str, Any] | None = option(None, "rope scaling as in HF: rope_type linear or llama3, factor, ...")
+    bos_token_id: int | None = option(None, "id of the begin-of-text token, if there is one")
+    eos_token_id: int | list[int] | None = option(None, "id or ids that end a text")
+    pad_token_id: int | None = option(None, "id of the padding token, if there is one")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built; all offenders in one message (InputError)."""
+        wrong = [
+            f"{name} = {getattr(self, name)!r} must be a whole number of at least 1"
+            for name in ("vocab_size", "d_model", "num_layers", "num_query_heads", "num_kv_heads", "d_ff", "max_seq_len")
+            if not _is_count(getattr(self, name))
+        ]
+        if not wrong and self.num_query_heads % self.num_kv_heads:
+            wrong.append(f"num_query_heads = {self.num_query_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        if not wrong and self.head_dim is None:
+            if self.d_model % self.num_query_heads:
+                wrong.append(f"d_model = {self.d_model} is no multiple of num_query_heads = {self.num_query_heads}; set head_dim")
+            object.__setattr__(self, "head_dim", self.d_model // self.num_query_heads)
+        if not wrong and (not _is_count(self.head_dim) or (self.head_dim or 0) % 2):
+            wrong.append(f"head_dim = {self.head_dim!r} must be an even number, rotary embedding turns pairs")
+        for name in ("norm_eps", "rope_base"):
+            if not _is_positive(getattr(self, name)):
+                wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            wrong.append(f"dropout = {self.dropout!r} must lie in [0, 1)")
+        wrong += _wrong_rope_scaling(self.rope_scaling)
+        if wrong:
+            raise InputError("model configuration: " + "; ".join(wrong))
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, which is never None once the configuration is built."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All ids that end a text; empty if there is none."""
+        eos = self.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    def num_parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        q, kv = self.num_query_heads * self.head_width, self.num_kv_heads * self.head_width
+        attention = 2 * self.d_model * (q + kv) + (q + 2 * kv + self.d_model if self.attention_bias else 0)
+        mlp = 3 * self.d_model * self.d_ff + (2 * self.d_ff + self.d_model if self.mlp_bias else 0)
+        tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return tables + self.num_layers * (attention + mlp + 2 * self.d_model) + self.d_model
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """`config.json` for transformers 4 and 5 and mlx-lm; dtype is the stored one, "float32", "float16", "bfloat16"."""
+        scaling = dict(self.rope_scaling) if self.rope_scaling else None
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_ff,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_query_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_seq_len,
+            "rms_norm_eps": self.norm_eps,
+            # transformers 5 reads rope_parameters, mlx-lm and transformers 4 read the other two.
+            "rope_theta": self.rope_base,
+            "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": self.rope_base, **(scaling or {"rope_type": "default"})},
+            "rope_traditional": False,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "residual_dropout": self.dropout,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "use_cache": True,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], where: str = "config.json") -> "ModelConfig":
+        """Read a Llama `config.json` of any of the three dialects.
+
+        Absent keys take transformers' defaults, which are the format's. Raises DamagedFileError for what cannot
+        be a Llama configuration, InputError for one that this model does not have or that names code to run.
+        """
+        code = [key for key in ("auto_map", "model_file") if config.get(key)]
+        if code:
+            raise InputError(f"{where}: {', '.join(code)} names code to be run, which is never done; remove it if the model is a plain Llama")
+        if config.get("model_type") != "llama":
+            raise InputError(f"{where}: model_type is {config.get('model_type')!r}, only 'llama' is read here")
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, this model has 'silu'")
+        if config.get("quantization") or config.get("quantization_config"):
+            raise InputError(f"{where}: the weights are quantised; convert them to fp32, fp16 or bf16 first")
+        if config.get("rope_traditional"):
+            raise InputError(f"{where}: rope_traditional is true, this model has the half-split layout")
+        if config.get("pretraining_tp", 1) != 1:
+            raise InputError(f"{where}: pretraining_tp is {config['pretraining_tp']!r}, only 1 is supported")
+        rope = config.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise DamagedFileError(f"{where}: rope_parameters is no object")
+        scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"} or None
+        if scaling is not None and not isinstance(scaling, dict):
+            raise DamagedFileError(f"{where}: rope_scaling is no object")
+        if scaling is not None:
+            scaling = {k: v for k, v in scaling.items() if k != "rope_theta"}
+            scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+            if scaling["rope_type"] == "default":
+                scaling = None
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                vocab_size=config["vocab_size"],
+                d_model=config["hidden_size"],
+                num_layers=config["num_hidden_layers"],
+                num_query_heads=heads,
+                num_kv_heads=heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"],
+                d_ff=config["intermediate_size"],
+                max_seq_len=config.get("max_position_embeddings", 2048),
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+                tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+                dropout=config.get("residual_dropout", 0.0),
+                head_dim=config.get("head_dim"),
+                attention_bias=bool(config.get("attention_bias", False)),
+                mlp_bias=bool(config.get("mlp_bias", False)),
+                rope_scaling=scaling,
+                bos_token_id=config.get("bos_token_id"),
+                eos_token_id=config.get("eos_token_id"),
+                pad_token_id=config.get("pad_token_id"),
+            )
+        except KeyError as error:
+            raise DamagedFileError(f"{where}: {error} is missing") from None
+        except InputError as error:
+            raise DamagedFileError(f"{where}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise DamagedFileError(f"{where}: {error}") from None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _wrong_rope_scaling(scaling: dict[str, Any] | None) -> list[str]:
+    if scaling is None:
+        return []
+    kind = scaling.get("rope_type")
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    if kind not in needed:
+        return [f"rope_scaling: rope_type {kind!r} is not supported; linear and llama3 are"]
+    return [
+        f"rope_scaling: {key} = {scaling.get(key)!r} must be a positive number ({kind} needs it)"
+        for key in needed[kind]
+        if not _is_positive(scaling.get(key))
+    ]
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(d_model=128, num_layers=4, num_query_heads=4, num_kv_heads=2, d_ff=384, max_seq_len=256),
+    "small": ModelConfig(d_model=512, num_layers=6, num_query_heads=8, num_kv_heads=2, d_ff=2048, max_seq_len=1024),
+    "medium": ModelConfig(),
+    "large": ModelConfig(d_model=1024, num_layers=16, num_query_heads=16, num_kv_heads=4, d_ff=4096),
+}
+"""`train` takes vocab_size from the tokenizer; medium at 32,000 is exactly 127,224,576 parameters."""

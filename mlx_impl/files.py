@@ -1,0 +1,129 @@
+"""Durable files and folders: what is written here is whole after a crash, or not there at all.
+
+The order is always: write beside the target, fsync, rename, fsync the parent. On macOS `os.fsync` does not reach
+the disk, `F_FULLFSYNC` does. A process killed on the way leaves only a name that starts with `.tmp-`, which
+`sweep` removes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_impl.errors import DamagedFileError, InputError
+
+TEMPORARY = ".tmp-"
+
+
+def home() -> Path:
+    """The folder that holds pulled models and caches: `MINIMAC_HOME`, else `~/.minimac-mlx`, mode 0700."""
+    folder = Path(os.environ.get("MINIMAC_HOME") or Path.home() / ".minimac-mlx").expanduser()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+            except OSError:
+                pass  # not every file system knows it (network drives); fsync is what is left
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends without an error, it becomes `path`, durably."""
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old content or the new."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, durably."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; anything else is a DamagedFileError naming the file."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise DamagedFileError(f"{path}: {size:,} bytes, at most {limit:,} expected of this file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{path}: a JSON object was expected, this is a {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside `target`; when the block ends without an error, it becomes `target`, durably.
+
+    Every file in it is fsynced first. With `replace` an existing target is moved aside and removed afterwards;
+    without it an existing target is an InputError, raised before anything is written.
+    """
+    if target.exists() and not replace:
+        raise InputError(f"{target} exists already; name another folder or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{target.name}")
+    aside = temporary.with_name(temporary.name + "-old")
+    temporary.mkdir(mode=0o700)
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            fsync(path)
+        fsync(temporary)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(temporary, target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what crashed writers left in `folder`; returns what was removed."""
+    leftovers = sorted(folder.glob(f"{TEMPORARY}*"))
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return leftovers
