@@ -1,0 +1,132 @@
+"""Key/value caches of the decoder: one that grows, and one that keeps a fixed number of tokens.
+
+Keys are cached after rotation, so their order in memory does not matter to attention; the rotating cache uses that
+and overwrites its oldest row in place. Both share one small interface: `offset`, `mask(T)`, `update(k, v)`.
+Letters: B batch, K key/value heads, T new tokens, S cached tokens, d head width.
+"""
+
+import mlx.core as mx
+
+STEP = 256
+"""Rows by which a cache grows: one shape for 256 steps instead of a new one for each."""
+
+Mask = mx.array | str | None
+
+
+class KVCache:
+    """Keeps every token. Memory: 2 * K * d * 4 bytes a token and layer in fp32."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    def mask(self, length: int) -> Mask:
+        """What `length` new tokens may attend to: all cached ones and, among themselves, none ahead."""
+        return None if length == 1 else "causal"
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, K, T, d); returns all of them (B, K, S, d)."""
+        end = self.offset + keys.shape[2]
+        self._keys = _room(self._keys, keys, self.offset, end)
+        self._values = _room(self._values, values, self.offset, end)
+        self._keys[:, :, self.offset : end] = keys
+        self._values[:, :, self.offset : end] = values
+        self.offset = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class RotatingKVCache:
+    """Keeps the first `keep` tokens and the latest `window - keep`; memory is bounded, so is the attention's reach.
+
+    The first tokens stay because attention without them collapses (Xiao et al. 2023, "attention sinks").
+    A token at position i sees position j <= i if j < keep or j > i - (window - keep).
+    """
+
+    def __init__(self, window: int, keep: int = 4) -> None:
+        if window <= keep:
+            raise ValueError(f"window = {window} must be larger than keep = {keep}")
+        self.window, self.keep = window, keep
+        self.offset = 0
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+        self._oldest = keep  # row that the next single token overwrites, once the window is full
+
+    def mask(self, length: int) -> Mask:
+        """None for one new token: whatever is still cached may be seen. Else a mask (T, S), or "causal"."""
+        if length == 1:
+            return None
+        if self.offset + length <= self.window:
+            return "causal"
+        held = self._held(self.offset)
+        columns = mx.concatenate([mx.array(held, mx.int32), mx.arange(self.offset, self.offset + length)])
+        rows = mx.arange(self.offset, self.offset + length)[:, None]  # (T, 1)
+        return visible(rows, columns[None], self.window, self.keep)  # (T, S)
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add keys and values (B, K, T, d); returns those the new tokens may see, in any order."""
+        length = keys.shape[2]
+        if length == 1 and self.offset >= self.window:
+            return self._overwrite(keys, values)
+        end = self.offset + length
+        if end <= self.window:
+            self._keys = _room(self._keys, keys, self.offset, end)
+            self._values = _room(self._values, values, self.offset, end)
+            self._keys[:, :, self.offset : end] = keys
+            self._values[:, :, self.offset : end] = values
+            self.offset = end
+            return self._keys[:, :, :end], self._values[:, :, :end]
+        held = min(self.offset, self.window)
+        if self._keys is not None and self._values is not None:
+            keys = mx.concatenate([self._in_order(self._keys[:, :, :held]), keys], axis=2)
+            values = mx.concatenate([self._in_order(self._values[:, :, :held]), values], axis=2)
+        self._keys, self._values = self._trim(keys), self._trim(values)
+        self.offset, self._oldest = end, self.keep
+        return keys, values
+
+    def _held(self, offset: int) -> list[int]:
+        """Positions in the cache, in order, when `offset` tokens have been seen."""
+        if offset <= self.window:
+            return list(range(offset))
+        return [*range(self.keep), *range(offset - self.window + self.keep, offset)]
+
+    def _overwrite(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        assert self._keys is not None
+        assert self._values is not None
+        if self._keys.shape[2] > self.window:  # grown in steps that need not divide the window
+            self._keys, self._values = self._keys[:, :, : self.window], self._values[:, :, : self.window]
+        self._keys[:, :, self._oldest : self._oldest + 1] = keys
+        self._values[:, :, self._oldest : self._oldest + 1] = values
+        self.offset += 1
+        self._oldest = self._oldest + 1 if self._oldest + 1 < self.window else self.keep
+        return self._keys, self._values
+
+    def _in_order(self, rows: mx.array) -> mx.array:
+        """Undo the rotation: rows (B, K, S, d) from the oldest token to the newest."""
+        if self._oldest == self.keep:
+            return rows
+        parts = [rows[:, :, : self.keep], rows[:, :, self._oldest :], rows[:, :, self.keep : self._oldest]]
+        return mx.concatenate(parts, axis=2)
+
+    def _trim(self, rows: mx.array) -> mx.array:
+        """Of rows (B, K, S, d) in order, those that stay."""
+        latest = rows.shape[2] - (self.window - self.keep)
+        return mx.concatenate([rows[:, :, : self.keep], rows[:, :, latest:]], axis=2)
+
+
+Cache = KVCache | RotatingKVCache
+
+
+def visible(rows: mx.array, columns: mx.array, window: int, keep: int) -> mx.array:
+    """Boolean mask of the rotating cache: may the query at position `rows` see the key at position `columns`?"""
+    return (columns <= rows) & ((columns < keep) | (columns > rows - (window - keep)))
+
+
+def _room(store: mx.array | None, new: mx.array, used: int, end: int) -> mx.array:
+    """A store with at least `end` rows whose first `used` rows are the old store's."""
+    if store is not None and end <= store.shape[2]:
+        return store
+    batch, heads, _, width = new.shape
+    rows = -(-end // STEP) * STEP
+    fresh = mx.zeros((batch, heads, rows - used, width), new.dtype)
+    return fresh if store is None else mx.concatenate([store[:, :, :used], fresh], axis=2)

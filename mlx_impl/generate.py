@@ -1,0 +1,250 @@
+"""Text from a model: the naive decoder, which is the oracle, and the cached one, which is used.
+
+Both draw from the same `Sampling` with the same keys, so that they give the same tokens. Ids beyond the tokenizer
+are never sampled: a model may have more rows than its tokenizer has tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_impl.base import BaseModel
+from mlx_impl.errors import InputError
+from mlx_impl.tokenizer import Tokenizer
+
+PREFILL = 512
+"""Prompt tokens a forward pass: bounds the memory of attention scores and of logits."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy, and the rest is then without effect but the penalty."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} = {value} must lie in {allowed}"
+            for name, value, allowed, fine in (
+                ("temperature", self.temperature, "[0, 100]", 0 <= self.temperature <= 100),
+                ("top_k", self.top_k, "0 (off) and up", self.top_k >= 0),
+                ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
+                ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
+                ("repetition_penalty", self.repetition_penalty, "[0.01, 100]", 0.01 <= self.repetition_penalty <= 100),
+            )
+            if not fine
+        ]
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+def penalized(logits: mx.array, seen: Sequence[int], penalty: float) -> mx.array:
+    """Logits (V,) with those of tokens already there made less likely (Keskar et al. 2019, CTRL, section 4.1)."""
+    if penalty == 1.0 or not seen:
+        return logits
+    ids = mx.array(sorted(set(seen)))
+    chosen = logits[ids]
+    logits[ids] = mx.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return logits
+
+
+def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Log-probabilities (V,) at the temperature; what top-k, top-p and min-p exclude is -inf.
+
+    Each filter looks at the whole distribution and a token must pass all of them, the order of their application
+    in transformers. The likeliest token always passes. top-p keeps the smallest set of at least that mass
+    (Holtzman et al. 2020), min-p what has at least that share of the likeliest one's probability.
+    """
+    logp = logits.astype(mx.float32) / sampling.temperature
+    logp = logp - mx.logsumexp(logp)
+    if 0 < sampling.top_k < logp.size:
+        least = mx.sort(logp)[-sampling.top_k]
+        logp = mx.where(logp < least, -mx.inf, logp)
+        logp = logp - mx.logsumexp(logp)
+    if sampling.top_p < 1:
+        order = mx.argsort(-logp)
+        mass = mx.cumsum(mx.exp(logp[order]))
+        before = mass - mx.exp(logp[order])  # mass of the likelier ones
+        keep = mx.zeros(logp.shape, mx.bool_)
+        keep[order] = before < sampling.top_p
+        logp = mx.where(keep, logp, -mx.inf)
+    if sampling.min_p > 0:
+        logp = mx.where(logp < logp.max() + mx.log(mx.array(sampling.min_p)), -mx.inf, logp)
+    return logp
+
+
+def sample(logits: mx.array, sampling: Sampling, seen: Sequence[int], position: int) -> mx.array:
+    """The next token, a scalar, from logits (V,).
+
+    The random key is a function of seed and position, so that any decoder draws alike.
+    """
+    logits = penalized(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return mx.argmax(logits)
+    key = mx.random.key((sampling.seed << 32) + position)
+    return mx.random.categorical(filtered(logits, sampling), key=key)
+
+
+def naive(
+    model: BaseModel, prompt: Sequence[int], max_tokens: int, sampling: Sampling, vocab_size: int | None = None
+) -> Iterator[int]:
+    """The slow, obvious decoder: the whole text again for each token. Endless but for max_tokens."""
+    seen = list(prompt)
+    for _ in range(max_tokens):
+        logits = model(mx.array([seen]))[0, -1, :vocab_size]  # (V,)
+        token = int(sample(logits, sampling, seen, len(seen)))
+        seen.append(token)
+        yield token
+
+
+def decode(
+    model: BaseModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    vocab_size: int | None = None,
+    window: int | None = None,
+) -> Iterator[int]:
+    """The decoder with a cache: the prompt in chunks, then a token a step. Same tokens as `naive`.
+
+    `window` bounds the cache to that many tokens (see RotatingKVCache). The next step is enqueued before the last
+    token is read, unless the penalty needs to know it.
+    """
+    if max_tokens < 1:
+        return
+    cache = model.make_cache(window)
+    for start in range(0, len(prompt) - 1, PREFILL):
+        chunk = mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]])
+        mx.eval(model.hidden(chunk, cache))
+    seen = list(prompt)
+    penalty = sampling.repetition_penalty != 1.0
+
+    def step(token: mx.array, position: int) -> mx.array:
+        logits = model(token.reshape(1, 1), cache)[0, -1, :vocab_size]
+        return sample(logits, sampling, seen if penalty else (), position)
+
+    token = step(mx.array(seen[-1]), len(prompt))
+    mx.async_eval(token)
+    for produced in range(1, max_tokens + 1):
+        if not penalty and produced < max_tokens:
+            following = step(token, len(prompt) + produced)
+            mx.async_eval(following)
+        value = int(token)
+        seen.append(value)
+        yield value
+        if produced == max_tokens:
+            return
+        token = step(mx.array(value), len(prompt) + produced) if penalty else following
+
+
+@dataclass
+class Completion:
+    """A finished text and how it came about."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    finish: str = "length"  # or "stop": an end token or a stop string
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Prompt tokens over the time to the first new one."""
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after the first, over the time they took."""
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds else 0.0
+
+
+def complete(
+    model: BaseModel,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    max_tokens: int = 100,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    window: int | None = None,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Completion:
+    """Continue a prompt (text, or ids such as a chat's) until an end token, a stop string or `max_tokens`.
+
+    `on_text` receives the text as it becomes certain: whole characters, nothing of a stop string. Raises
+    InputError for an empty prompt where the tokenizer has no token to start from, and for a tokenizer that has
+    more ids than the model has rows.
+    """
+    tokenizer.check_fits(model.vocab_size)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        if start is None:
+            raise InputError("the prompt is empty and the tokenizer has no token to start from")
+        ids = [start]
+    if any(not text for text in stop):
+        raise InputError("a stop string must not be empty")
+    result = Completion(prompt_tokens=len(ids))
+    text = _Text(tokenizer, stop, on_text)
+    started = time.perf_counter()
+    for token in decode(model, ids, max_tokens, sampling or Sampling(), tokenizer.vocab_size, window):
+        if not result.tokens:
+            result.prompt_seconds = time.perf_counter() - started
+            started = time.perf_counter()
+        result.tokens.append(token)
+        if token in tokenizer.eos_ids or text.add(token):
+            result.finish = "stop"
+            break
+    result.seconds = time.perf_counter() - started
+    result.text = text.finish()
+    return result
+
+
+class _Text:
+    """Text under way: holds back what could still become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self.stream = tokenizer.stream()
+        self.stop = list(stop)
+        self.on_text = on_text
+        self.held = ""
+        self.sent: list[str] = []
+
+    def add(self, token: int) -> bool:
+        """Take a token; True if a stop string is complete."""
+        return self._take(self.stream.add(token), last=False)
+
+    def finish(self) -> str:
+        """Send what is held back; returns the whole text."""
+        if self.stop is not None:
+            self._take(self.stream.finish(), last=True)
+        return "".join(self.sent)
+
+    def _take(self, text: str, last: bool) -> bool:
+        self.held += text
+        found = min((at for at in (self.held.find(s) for s in self.stop) if at >= 0), default=-1)
+        if found >= 0:
+            self._send(self.held[:found])
+            self.held, self.stop = "", None
+            return True
+        keep = 0 if last else max((_overlap(self.held, s) for s in self.stop), default=0)
+        self._send(self.held[: len(self.held) - keep])
+        self.held = self.held[len(self.held) - keep :]
+        return False
+
+    def _send(self, text: str) -> None:
+        if text:
+            self.sent.append(text)
+            self.on_text(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,165 @@
+"""LoRA (Hu et al. 2021): a frozen linear layer plus a trained product of two thin matrices.
+
+An adapter is a mapping of arrays under mlx-lm's names, `<path>.lora_a` (in, r) and `<path>.lora_b` (r, out), and a
+scale. Attaching swaps modules and never touches the base arrays, so detaching gives the very same base back.
+Adapter arrays are float32 whatever the base's dtype.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_impl.base import BaseModel, linear_paths
+from mlx_impl.config import LORA_TARGETS
+from mlx_impl.errors import DamagedFileError, InputError
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Shape of an adapter; `scale` is alpha / rank."""
+
+    rank: int = 14
+    alpha: float = 28.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"LoRA rank = {self.rank} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA dropout = {self.dropout} must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product."""
+        return self.alpha / self.rank
+
+
+class LoRALinear(nn.Module):
+    """y = linear(x) + scale * (dropout(x) @ lora_a) @ lora_b. Zero lora_b makes it the linear layer itself."""
+
+    def __init__(self, linear: nn.Linear, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a = lora_a  # (in, r)
+        self.lora_b = lora_b  # (r, out)
+        self.dropout = nn.Dropout(dropout)
+        self._scale = scale
+
+    @classmethod
+    def from_base(cls, linear: nn.Linear, config: LoRAConfig, key: mx.array) -> "LoRALinear":
+        """A fresh adapter: lora_a uniform in +-1/sqrt(in) from `key` (as in mlx-lm), lora_b zero."""
+        width_out, width_in = linear.weight.shape
+        bound = 1 / math.sqrt(width_in)
+        lora_a = mx.random.uniform(-bound, bound, (width_in, config.rank), key=key)
+        return cls(linear, lora_a, mx.zeros((config.rank, width_out)), config.scale, config.dropout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., in) -> (..., out) in x's dtype; the low-rank product is computed in float32."""
+        low_rank = (self.dropout(x) @ self.lora_a) @ self.lora_b  # float32, because lora_a is
+        return self.linear(x) + (self._scale * low_rank).astype(x.dtype)
+
+    def fuse(self) -> nn.Linear:
+        """A new linear layer with the product added to a copy of the weights; the sum is taken in float32."""
+        weight = self.linear.weight
+        delta = self._scale * (self.lora_a @ self.lora_b).T  # (out, in)
+        fused = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in self.linear)
+        fused.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
+        if "bias" in self.linear:
+            fused.bias = self.linear.bias
+        return fused
+
+
+def attach(model: BaseModel, config: LoRAConfig, key: mx.array) -> list[str]:
+    """Put a fresh adapter on every target; only its arrays stay trainable. Returns the paths.
+
+    `key` (see mx.random.key) alone decides the initial lora_a. An adapter already attached is detached first.
+    """
+    detach(model)
+    paths = linear_paths(model, config.targets)
+    modules = dict(model.named_modules())
+    keys = mx.random.split(key, len(paths))
+    swapped = [(p, LoRALinear.from_base(modules[p], config, k)) for p, k in zip(paths, keys, strict=True)]
+    _swap(model, swapped)
+    return paths
+
+
+def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float, dropout: float = 0.0) -> None:
+    """Put an existing adapter on the model, replacing the attached one. Arrays are cast to float32.
+
+    Raises DamagedFileError listing every array that fits no layer, has no partner or has the wrong shape.
+    """
+    detach(model)
+    modules = dict(model.named_modules())
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
+    wrong = [problem for path in paths for problem in _misfits(path, modules.get(path), arrays)]
+    if wrong or not paths:
+        raise DamagedFileError(f"the adapter does not fit the model: {'; '.join(wrong) or 'it holds no arrays'}")
+    swapped = []
+    for path in paths:
+        a, b = (arrays[f"{path}.{name}"].astype(mx.float32) for name in ("lora_a", "lora_b"))
+        swapped.append((path, LoRALinear(modules[path], a, b, scale, dropout)))
+    _swap(model, swapped)
+
+
+def detach(model: BaseModel) -> None:
+    """Take the adapter off; the base's modules and arrays are those from before, untouched."""
+    wrapped = [(path, module.linear) for path, module in lora_layers(model)]
+    if wrapped:
+        model.update_modules(tree_unflatten(wrapped))
+
+
+def fuse(model: BaseModel) -> None:
+    """Replace every adapted layer by its fused copy. The base's own arrays are not changed, only left."""
+    fused = [(path, module.fuse()) for path, module in lora_layers(model)]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+
+
+def lora_layers(model: BaseModel) -> list[tuple[str, LoRALinear]]:
+    """The adapted layers with their paths."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def adapter_arrays(model: BaseModel) -> Arrays:
+    """The attached adapter as a flat mapping, sorted by name; empty if there is none."""
+    arrays = {}
+    for path, module in lora_layers(model):
+        arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = module.lora_a, module.lora_b
+    return dict(sorted(arrays.items()))
+
+
+def num_parameters(arrays: Mapping[str, mx.array]) -> int:
+    """Number of weights in an adapter."""
+    return sum(array.size for array in arrays.values())
+
+
+def _swap(model: BaseModel, layers: list[tuple[str, LoRALinear]]) -> None:
+    model.freeze()
+    model.update_modules(tree_unflatten(layers))
+    for _, layer in layers:
+        layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+
+
+def _misfits(path: str, module: Any, arrays: Mapping[str, mx.array]) -> list[str]:
+    if not isinstance(module, nn.Linear):
+        return [f"{path} is no linear layer of it"]
+    width_out, width_in = module.weight.shape
+    a, b = arrays.get(f"{path}.lora_a"), arrays.get(f"{path}.lora_b")
+    if a is None or b is None:
+        return [f"{path} lacks {'lora_a' if a is None else 'lora_b'}"]
+    if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (width_in, width_out) or a.shape[1] != b.shape[0]:
+        return [f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} on a layer {width_in} -> {width_out}"]
+    return []
+
+
+def trainable_arrays(model: BaseModel) -> Arrays:
+    """The weights that training would change, as a flat mapping."""
+    return dict(tree_flatten(model.trainable_parameters()))

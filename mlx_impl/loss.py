@@ -1,0 +1,25 @@
+"""The loss, returned as (sum, number of tokens), so that accumulation and evaluation weigh by tokens.
+
+Labels are shifted here and nowhere else: position t of a window predicts token t + 1.
+"""
+
+import mlx.core as mx
+
+from mlx_impl.base import BaseModel
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Negative log-likelihood in nats of targets (...) under logits (..., V); float32, shape (...)."""
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    return mx.logsumexp(logits, axis=-1) - chosen
+
+
+def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Masked loss of windows `tokens` (B, T+1); `mask` (B, T) weighs target t+1 of each row.
+
+    Returns the sum in nats and the sum of the mask, both scalar float32.
+    """
+    logits = model(tokens[:, :-1])  # (B, T, V)
+    losses = cross_entropy(logits, tokens[:, 1:]) * mask  # (B, T)
+    return losses.sum(), mask.sum()

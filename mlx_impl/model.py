@@ -1,0 +1,248 @@
+"""ContinualLLM: a Llama-like decoder with grouped-query attention, RoPE, SwiGLU and RMSNorm.
+
+The module tree carries Hugging Face's parameter names, so a checkpoint is loaded without renaming anything. The hot
+paths use `mx.fast` kernels. Letters in shapes: B batch, T tokens, S cached tokens, D model width, H query heads,
+K key/value heads, d head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_impl import modeldir
+from mlx_impl.cache import Cache, KVCache, Mask, RotatingKVCache
+from mlx_impl.config import ModelConfig
+from mlx_impl.files import read_json
+
+if TYPE_CHECKING:
+    from mlx_impl.tokenizer import Tokenizer
+
+
+def rope_frequencies(config: ModelConfig) -> mx.array:
+    """Wavelengths / 2 pi of the rotary embedding, base^(2i/d), stretched as `rope_scaling` says: (d/2,).
+
+    Linear scaling stretches all of them by `factor` (Chen et al. 2023). llama3 leaves the short waves alone,
+    stretches the long ones, and blends between (Llama 3.1's reference code, `apply_scaling`).
+    """
+    width = config.head_width
+    periods = config.rope_base ** (mx.arange(0, width, 2, dtype=mx.float32) / width)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return periods
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return periods * factor
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    trained = float(scaling["original_max_position_embeddings"])
+    turns = trained / (2 * math.pi * periods)  # full turns within the trained context
+    share = mx.clip((turns - low) / (high - low), 0.0, 1.0)  # 1 = short wave, keep as it is
+    return 1.0 / ((1 - share) / (factor * periods) + share / periods)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions (Su et al. 2021, half-split layout)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, bias = config.head_width, config.attention_bias
+        self.q_proj = nn.Linear(config.d_model, config.num_query_heads * width, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, config.num_kv_heads * width, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, config.num_kv_heads * width, bias=bias)
+        self.o_proj = nn.Linear(config.num_query_heads * width, config.d_model, bias=bias)
+        self._heads, self._kv_heads, self._width = config.num_query_heads, config.num_kv_heads, width
+        self._scale = width**-0.5
+        plain = config.rope_scaling is None
+        self._rope = partial(
+            mx.fast.rope,
+            dims=width,
+            traditional=False,
+            base=config.rope_base if plain else None,
+            scale=1.0,
+            freqs=None if plain else rope_frequencies(config),
+        )
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
+        """(B, T, D) -> (B, T, D)."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self._heads, self._width).swapaxes(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).reshape(B, T, self._kv_heads, self._width).swapaxes(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).reshape(B, T, self._kv_heads, self._width).swapaxes(1, 2)
+        offset = cache.offset if cache is not None else 0
+        q, k = self._rope(q, offset=offset), self._rope(k, offset=offset)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, K, S, d)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self._dropout = nn.Dropout(config.dropout)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
+        """(B, T, D) -> (B, T, D). Dropout acts only in training mode."""
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), mask, cache))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _drop(self, x: mx.array) -> mx.array:
+        # The module is private to stay out of the parameter tree, so train() and eval() do not reach it.
+        return self._dropout(x) if self.training else x
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: everything below the output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+
+class ContinualLLM(nn.Module):
+    """The model. `ContinualLLM(config)` has random weights, a function of `seed` alone.
+
+    Weights are float32, normal with standard deviation 0.02, on the residual branches divided by sqrt(2 layers)
+    (GPT-2's rule); norms start at one, biases at zero.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._config = config
+        self._checkpointing = False
+        self.update(_initial(self.parameters(), config, mx.random.key(seed)))
+        self.eval()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration it was built from."""
+        return self._config
+
+    @property
+    def layers(self) -> list[Block]:
+        """The transformer layers, first to last."""
+        return self.model.layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table; a tokenizer may have fewer ids."""
+        return self._config.vocab_size
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016)."""
+        self._checkpointing = on
+
+    def hidden(
+        self, tokens: mx.array, cache: Sequence[Cache] | None = None, mask: mx.array | None = None
+    ) -> mx.array:
+        """Final hidden states of tokens (B, T): (B, T, D). `mask` (T, T) replaces the causal one."""
+        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        if mask is None:
+            mask = cache[0].mask(tokens.shape[1]) if cache else KVCache().mask(tokens.shape[1])
+        for index, layer in enumerate(self.model.layers):
+            if self._checkpointing and cache is None:
+                x = _recomputed(layer, x, mask)
+            else:
+                x = layer(x, mask, cache[index] if cache else None)
+        return self.model.norm(x)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., V) of hidden states (..., D)."""
+        if self._config.tie_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """Logits (B, T, V) of tokens (B, T); with a cache, T new tokens after those it holds."""
+        return self.head(self.hidden(tokens, cache))
+
+    def make_cache(self, window: int | None = None) -> list[Cache]:
+        """A cache a layer: growing, or with `window` one that keeps that many tokens."""
+        if window is None:
+            return [KVCache() for _ in self.layers]
+        return [RotatingKVCache(window) for _ in self.layers]
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path, dtype: mx.Dtype = mx.float32) -> "ContinualLLM":
+        """Load a model directory (Hugging Face Llama layout); weights are cast to `dtype`.
+
+        Raises InputError if it is not there or not a Llama, DamagedFileError listing every tensor that is
+        missing, unknown or of the wrong shape.
+        """
+        directory = Path(directory)
+        config = ModelConfig.from_hf(read_json(directory / modeldir.CONFIG), str(directory / modeldir.CONFIG))
+        files = modeldir.checked_weights(directory, config)
+        model = cls(config)  # its random weights are lazy and never computed
+        wanted = modeldir.expected_shapes(config)
+        loaded = [(k, v.astype(dtype)) for file in files for k, v in mx.load(str(file)).items() if k in wanted]
+        model.load_weights(loaded)
+        mx.eval(model.parameters())
+        return model
+
+    def generate(self, prompt: str, tokenizer: "Tokenizer", max_new_tokens: int = 100, **sampling: Any) -> str:
+        """The text that follows `prompt`; `sampling` are the fields of `generate.Sampling`. Greedy by default."""
+        from mlx_impl import generate
+
+        return generate.complete(self, tokenizer, prompt, max_new_tokens, generate.Sampling(**sampling)).text
+
+
+def _recomputed(layer: Block, x: mx.array, mask: Mask) -> mx.array:
+    """A layer under `mx.checkpoint`. Its parameters are arguments, else their gradients would be lost."""
+
+    def run(parameters: dict, x: mx.array) -> mx.array:
+        layer.update(parameters)
+        return layer(x, mask)
+
+    parameters = layer.trainable_parameters()
+    out = mx.checkpoint(run)(parameters, x)
+    layer.update(parameters)
+    return out
+
+
+def _initial(tree: dict, config: ModelConfig, key: mx.array) -> Any:
+    """Random weights for a parameter tree, drawn in the order of their names."""
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    flat = sorted(tree_flatten(tree))
+    keys = mx.random.split(key, len(flat))
+    residual = 0.02 / math.sqrt(2 * config.num_layers)
+    drawn = []
+    for (name, array), subkey in zip(flat, keys, strict=True):
+        if name.endswith("bias"):
+            drawn.append((name, mx.zeros(array.shape)))
+        elif array.ndim == 1:
+            drawn.append((name, mx.ones(array.shape)))
+        else:
+            std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            drawn.append((name, mx.random.normal(array.shape, scale=std, key=subkey)))
+    return tree_unflatten(drawn)
+

@@ -1,0 +1,377 @@
+"""Model directories as files: Hugging Face Llama folders plus `minimac.json`, checked without MLX.
+
+A safetensors file from outside is checked here against its own length before anyone maps it, because
+`mx.load` accepts overlapping and negative entries. Writing streams one tensor at a time to its place in the
+file, so that a model larger than memory can be converted. Hashes in `minimac.json` catch what no
+safetensors reader notices: a flipped bit in the data.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from convert.names import is_dropped
+from mlx_impl.config import ModelConfig
+from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.files import atomic_folder, read_json, sha256, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "minimac.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_LAYERS = 1024  # more than any Llama has; bounds what a hostile config.json makes us list
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CODES = {name: code for code, name in _DTYPES.items()}
+_STORED: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies; `start` and `stop` are byte positions in `file`, not in its data section."""
+
+    file: Path
+    dtype: str  # float32, float16 or bfloat16
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of every weight that a model of this configuration has, in file order.
+
+    Linear weights are (out, in). Raises InputError for more than MAX_LAYERS layers.
+    """
+    if config.num_layers > MAX_LAYERS:
+        raise InputError(f"num_layers = {config.num_layers:,}, at most {MAX_LAYERS:,} are supported")
+    d, f, v = config.d_model, config.d_ff, config.vocab_size
+    q, kv = config.num_query_heads * config.head_width, config.num_kv_heads * config.head_width
+    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+    mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
+    for layer in range(config.num_layers):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.{norm}.weight": (d,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        for block, linears, bias in (
+            ("self_attn", attention, config.attention_bias),
+            ("mlp", mlp, config.mlp_bias),
+        ):
+            for name, shape in linears.items():
+                shapes[f"{at}.{block}.{name}.weight"] = shape
+                if bias:
+                    shapes[f"{at}.{block}.{name}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (d,)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (v, d)
+    return shapes
+
+
+# -- reading -------------------------------------------------------------------------
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory: `model.safetensors`, else the shards that its index names.
+
+    Raises InputError where there are none, DamagedFileError for an index that names a file outside the
+    folder or one that is not there.
+    """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f"; found {', '.join(others)} instead" if others else ""
+        raise InputError(f"{directory}: no {WEIGHTS} and no {INDEX}{found}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise DamagedFileError(f"{index}: weight_map must map tensor names to file names")
+    shards = sorted(set(names.values()))
+    strange = [name for name in shards if not _is_plain_name(name) or not name.endswith(".safetensors")]
+    if strange:
+        raise DamagedFileError(f"{index}: {', '.join(map(repr, strange))} is no file of this folder")
+    missing = [name for name in shards if not (directory / name).is_file()]
+    if missing:
+        raise DamagedFileError(f"{index}: {', '.join(missing)} is missing; copy the whole model")
+    return [directory / name for name in shards]
+
+
+def checked_weights(directory: Path, config: ModelConfig) -> list[Path]:
+    """The weight files of a model directory, after every check that needs no more than their headers.
+
+    Hashes are compared where there is a manifest. Tensors that carry nothing are let pass: rotary buffers
+    of old checkpoints, and the copy of tied embeddings. Raises InputError or DamagedFileError.
+    """
+    files = weight_files(directory)
+    if (directory / MANIFEST).is_file():
+        verify_manifest(directory)
+    wanted = expected_shapes(config)
+    shapes = {name: info.shape for name, info in validate_safetensors(files).items()}
+    known = {
+        name: shape
+        for name, shape in shapes.items()
+        if not name.endswith(".rotary_emb.inv_freq")
+        and not (config.tie_embeddings and name == "lm_head.weight")
+    }
+    check_shapes(known, wanted, str(directory))
+    return files
+
+
+def validate_safetensors(
+    paths: Path | Sequence[Path], expected: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, TensorInfo]:
+    """Check one safetensors file, or all shards of a model together, and say where each tensor lies.
+
+    With `expected` (see `expected_shapes`) what transformers ignores too is left out of the result (rotary
+    buffers, a second copy of a tied head), and every missing, unknown and wrongly shaped tensor is listed
+    at once. Reads headers only. Raises DamagedFileError.
+    """
+    found: dict[str, TensorInfo] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        for name, info in _read_header(path).items():
+            if name in found:
+                raise DamagedFileError(f"{path}: tensor {name} is in {found[name].file.name} already")
+            found[name] = info
+    if expected is not None:
+        found = {name: i for name, i in found.items() if name in expected or not _is_ignored(name)}
+        where = paths if isinstance(paths, Path) else paths[0].parent if len(paths) > 1 else paths[0]
+        check_shapes({name: info.shape for name, info in found.items()}, expected, str(where))
+    return found
+
+
+def _is_ignored(name: str) -> bool:
+    """Keys a Llama checkpoint may hold that no model loads; lm_head.weight counts where the model is tied."""
+    return name == "lm_head.weight" or is_dropped(name, "hf")
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise DamagedFileError naming all missing, unknown and wrongly shaped tensors, if there are any."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} is {list(shape)}, the configuration says {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and tuple(shape) != tuple(expected[name])
+    ]
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise DamagedFileError(f"{where}: {'; '.join(problems)}")
+
+
+def read_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, float32 array) for what `validate_safetensors` found, one in memory at a time.
+
+    float16 and bfloat16 fit into float32 exactly.
+    """
+    for name, info in infos.items():
+        with open(info.file, "rb") as file:
+            file.seek(info.start)
+            raw = np.frombuffer(file.read(info.stop - info.start), dtype=_STORED[info.dtype])
+        if info.dtype == "bfloat16":
+            raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        yield name, raw.astype(np.float32, copy=False).reshape(info.shape)
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Header of one file: its entries lie inside the file, do not overlap and leave no gap."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                limit = max(0, min(size - 8, MAX_HEADER))
+                raise DamagedFileError(f"{path}: header of {length:,} bytes, at most {limit:,} can be there")
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique_keys)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: no safetensors header ({error})") from None
+    if not isinstance(header, dict):
+        raise DamagedFileError(f"{path}: no safetensors header (a {type(header).__name__}, not an object)")
+    header.pop("__metadata__", None)
+    infos = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    at = 8 + length
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != at:
+            what = "overlaps another" if info.start < at else "leaves a gap"
+            raise DamagedFileError(f"{path}: tensor {name} {what}, starts at {info.start:,}, not {at:,}")
+        at = info.stop
+    if at != size:
+        raise DamagedFileError(f"{path}: {size:,} bytes, but its tensors end at {at:,}")
+    return infos
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+    """One header entry, checked with Python's own integers."""
+    if not isinstance(entry, dict):
+        raise DamagedFileError(f"{path}: tensor {name}: its entry is a {type(entry).__name__}, not an object")
+    code: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r}; only {', '.join(_DTYPES)} are read")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise DamagedFileError(
+            f"{path}: tensor {name}: shape {shape!r} and data_offsets {offsets!r} make no sense"
+        )
+    start, stop = data_start + offsets[0], data_start + offsets[1]
+    wanted = math.prod(shape) * _STORED[_DTYPES[code]].itemsize
+    if stop - start != wanted:
+        raise DamagedFileError(
+            f"{path}: tensor {name}: {stop - start:,} bytes, {code} {shape} has {wanted:,}"
+        )
+    if stop > size:
+        raise DamagedFileError(f"{path}: tensor {name} ends at byte {stop:,}, the file at {size:,}: cut off?")
+    return TensorInfo(path, _DTYPES[code], tuple(shape), start, stop)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` that refuses a key given twice, where json would keep the last one."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return dict(pairs)
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
+# -- writing -------------------------------------------------------------------------
+
+
+def write_model_directory(
+    target: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+    tokenizer_files: Mapping[str, str | bytes],
+    generation_config: Mapping[str, Any],
+    source: Mapping[str, Any],
+    dtype: str = "float32",
+    replace: bool = False,
+) -> Path:
+    """Write a whole model directory, or nothing; returns `target`.
+
+    `tensors` are float32 under HF names in any order (see `expected_shapes`); a generator is consumed one
+    tensor at a time. `source` says in minimac.json where the model came from. Raises InputError where
+    `target` exists and `replace` is not set, DamagedFileError for tensors that do not fit `config` or are
+    not finite.
+    """
+    with atomic_folder(target, replace=replace) as folder:
+        write_json(folder / CONFIG, config.to_hf(dtype))
+        write_json(folder / "generation_config.json", dict(generation_config))
+        for name, content in tokenizer_files.items():
+            (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        write_safetensors(folder / WEIGHTS, expected_shapes(config), tensors, dtype)
+        write_manifest(folder, source=source)
+    return target
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+    dtype: str = "float32",
+) -> None:
+    """Write float32 arrays as safetensors in `dtype`, streaming; every name in `shapes` exactly once.
+
+    Raises DamagedFileError for a missing, unknown, repeated, wrongly shaped or non-finite tensor. Not
+    atomic by itself: write into an `atomic_folder` or to an `atomic_file`.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}  # transformers and mlx-lm both take this one
+    at, itemsize = 0, _STORED[dtype].itemsize
+    for name, shape in shapes.items():
+        stop = at + math.prod(shape) * itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the data begins on a multiple of 8, as the format asks
+    found: dict[str, tuple[int, ...]] = {}
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            if name in found:
+                raise DamagedFileError(f"tensor {name} was given twice")
+            found[name] = array.shape
+            if shapes.get(name) == array.shape:
+                _write_tensor(file, 8 + len(text) + header[name]["data_offsets"][0], name, array, dtype)
+        file.truncate(8 + len(text) + at)
+    check_shapes(found, shapes, "weights")
+
+
+def _write_tensor(file: BinaryIO, at: int, name: str, array: np.ndarray, dtype: str) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below, with the tensor's name
+        rounded = array.astype(np.float16 if dtype == "float16" else np.float32)
+    if dtype == "bfloat16":  # the upper half of a float32, rounded half to even
+        bits = rounded.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    bad = rounded.size - int(np.count_nonzero(np.isfinite(array) & np.isfinite(rounded)))
+    if bad:
+        raise DamagedFileError(f"tensor {name}: {bad:,} of {rounded.size:,} values are not finite in {dtype}")
+    stored = rounded.view(np.uint32) >> 16 if dtype == "bfloat16" else rounded
+    file.seek(at)
+    file.write(stored.astype(_STORED[dtype], order="C").tobytes())
+
+
+# -- manifest ------------------------------------------------------------------------
+
+
+def write_manifest(
+    directory: Path, source: Mapping[str, Any] | None = None, training: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write `minimac.json` over the files now in `directory`, its subfolders left out; returns it."""
+    names = sorted(p.name for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "files": {name: sha256(directory / name) for name in names},
+        "source": dict(source) if source is not None else None,
+        "training": dict(training) if training is not None else None,
+    }
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def verify_manifest(directory: Path) -> dict[str, Any]:
+    """Hash every file that `minimac.json` lists and return the manifest.
+
+    Raises DamagedFileError naming all files that changed or are gone, InputError where there is no manifest.
+    Files that it does not list are not looked at.
+    """
+    path = directory / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DamagedFileError(
+            f"{path}: format_version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_plain_name(name) for name in files):
+        raise DamagedFileError(f"{path}: files must map names in this folder to sha256 digests")
+    wrong = []
+    for name, digest in files.items():
+        actual = sha256(directory / name) if (directory / name).is_file() else None
+        if actual is None:
+            wrong.append(f"{name} is missing")
+        elif actual != digest:
+            wrong.append(f"{name} has sha256 {actual[:12]}, recorded was {str(digest)[:12]}")
+    if wrong:
+        raise DamagedFileError(f"{directory}: {'; '.join(wrong)}; pull or convert the model again")
+    return manifest

@@ -1,0 +1,135 @@
+"""AdamW as torch computes it, learning-rate schedules, clipping, and the one compiled optimizer step.
+
+MLX's AdamW does not correct bias unless told to; its first step is else three times too large. The step is a
+function from state to state: parameters and moments go in and come out, gradients of sums of losses are divided by
+the number of tokens once, at the end, so that accumulation over unequal batches is exact.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers
+from mlx.utils import tree_flatten, tree_map
+
+Tree = Any
+Loss = Callable[[Tree, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+class AdamW(mlx.optimizers.AdamW):
+    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected; vectors are not decayed.
+
+    Norm weights and biases, the parameters of one dimension, keep their scale, as is usual.
+    """
+
+    def __init__(
+        self, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(learning_rate, list(betas), eps, weight_decay, bias_correction=True)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """The new parameter; `state` (moments m and v) is updated in place."""
+        if parameter.ndim >= 2:
+            return super().apply_single(gradient, parameter, state)
+        return mlx.optimizers.Adam.apply_single(self, gradient, parameter, state)
+
+
+def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float = 0.1) -> float:
+    """Learning rate of 0-based `step`: linear up to `peak` over `warmup` steps, cosine down to floor * peak.
+
+    The first step already moves (1/warmup of the peak), the last one of `total` has the floor.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = min(1.0, (step - warmup + 1) / max(1, total - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def clip_by_global_norm(gradients: Tree, limit: float) -> tuple[Tree, mx.array]:
+    """Scale the whole tree to a norm of at most `limit` (Pascanu et al. 2013); returns it and the norm before."""
+    norm = mx.sqrt(sum((g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+    factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: g * factor, gradients), norm
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step saw. Arrays are scalars and may still be lazy."""
+
+    loss_sum: mx.array  # nats
+    tokens: mx.array
+    grad_norm: mx.array
+
+
+class Stepper:
+    """Optimizer steps over (microbatches of) windows; holds parameters and optimizer, compiled where it can be.
+
+    `loss(parameters, tokens, mask)` returns (sum in nats, tokens). Compiled and eager steps give the same numbers up
+    to float32 rounding. `extra(parameters)`, if given, is a penalty in nats per token added to the mean loss.
+    """
+
+    def __init__(self, parameters: Tree, optimizer: AdamW, loss: Loss, max_grad_norm: float, compiled: bool) -> None:
+        self.parameters = parameters
+        self.optimizer = optimizer
+        optimizer.init(parameters)
+        mx.eval(optimizer.state)
+        gradient_of = mx.value_and_grad(loss)
+
+        def accumulate(parameters: Tree, total: Tree, tokens: mx.array, mask: mx.array) -> tuple:
+            (loss_sum, count), gradients = gradient_of(parameters, tokens, mask)
+            gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
+            if total is not None:
+                gradients = tree_map(mx.add, total, gradients)
+            return loss_sum, count, gradients
+
+        def apply(parameters: Tree, state: Tree, gradients: Tree, count: mx.array) -> tuple:
+            gradients = tree_map(lambda g: g / mx.maximum(count, 1), gradients)
+            gradients, norm = clip_by_global_norm(gradients, max_grad_norm)
+            optimizer.state = state
+            parameters = optimizer.apply_gradients(gradients, parameters)
+            return parameters, optimizer.state, norm
+
+        def whole(parameters: Tree, state: Tree, tokens: mx.array, mask: mx.array) -> tuple:
+            loss_sum, count, gradients = accumulate(parameters, None, tokens, mask)
+            parameters, state, norm = apply(parameters, state, gradients, count)
+            return parameters, state, loss_sum, count, norm
+
+        random = [mx.random.state]  # dropout draws from it, so it is state like the rest
+        if compiled:
+            self._first = mx.compile(lambda p, t, m: accumulate(p, None, t, m), inputs=random, outputs=random)
+            self._more = mx.compile(accumulate, inputs=random, outputs=random)
+            self._apply = mx.compile(apply)
+            self._whole = mx.compile(whole, inputs=random, outputs=random)
+        else:
+            self._first = lambda p, t, m: accumulate(p, None, t, m)
+            self._more, self._apply, self._whole = accumulate, apply, whole
+
+    def step(self, batches: list[tuple[mx.array, mx.array]], learning_rate: float) -> StepResult:
+        """One update from microbatches of (tokens (B, T+1), mask (B, T)), weighted by tokens."""
+        self.optimizer.learning_rate = mx.array(learning_rate)
+        state = self.optimizer.state
+        if len(batches) == 1:
+            self.parameters, state, loss_sum, count, norm = self._whole(self.parameters, state, *batches[0])
+        else:
+            loss_sum, count, total = self._first(self.parameters, *batches[0])
+            for tokens, mask in batches[1:]:
+                mx.eval(total)  # one microbatch's activations at a time
+                more, n, total = self._more(self.parameters, total, tokens, mask)
+                loss_sum, count = loss_sum + more, count + n
+            self.parameters, state, norm = self._apply(self.parameters, state, total, count)
+        self.optimizer.state = state
+        mx.async_eval(self.parameters, state, loss_sum, count, norm)
+        return StepResult(loss_sum, count, norm)
+
+
+def can_compile() -> bool:
+    """Whether `mx.compile` works here: always on a GPU; on a CPU it needs a C++ compiler at run time."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return True
+    try:
+        mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.zeros(3)))
+    except (RuntimeError, OSError):
+        return False
+    return True
