@@ -1,7 +1,7 @@
-"""One table of parameter names: a row is one module, a column one format, and every inverse is derived from it.
+"""One table of parameter names: a row is one module, a column one format; every inverse is derived from it.
 
-`{n}` stands for a layer number. A name that is None in one column is dropped on the way there, on purpose. Keys
-outside the table are an error that lists all of them. A further format is a further column.
+`{n}` stands for a layer number. A name that is None in one column is dropped on the way there, on purpose.
+Keys outside the table are an error that lists all of them. A further format is a further column.
 """
 
 import re

@@ -1,15 +1,15 @@
 """minimac-mlx: a language model that keeps learning, in MLX.
 
-Importing this package loads a fast BLAS on Linux and nothing else; MLX comes with the first public name that
-needs it (PEP 562), so that `minimac-mlx --help` stays quick.
+Importing this package sees to it that a fast BLAS is loaded on Linux before MLX is, and does nothing else; MLX
+comes with the first public name that needs it (PEP 562), so that `minimac-mlx --help` stays quick.
 """
 
 import importlib
 from typing import Any
 
-from mlx_impl.blas import load_fast_blas
+from mlx_impl.blas import load_with_mlx
 
-load_fast_blas()
+load_with_mlx()
 
 _PUBLIC = {
     "BPETokenizer": "tokenizer",

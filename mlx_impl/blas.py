@@ -9,9 +9,32 @@ import ctypes
 import ctypes.util
 import os
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 _loaded: str | None = None
+
+
+class _BeforeMLX(MetaPathFinder):
+    """Loads the BLAS when MLX is about to be imported, so that a program which never does pays nothing."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find nothing; the import goes on as usual."""
+        if name == "mlx.core":
+            sys.meta_path.remove(self)
+            load_fast_blas()
+        return None
+
+
+def load_with_mlx() -> None:
+    """See to it that `import mlx.core`, whoever does it, finds the fast BLAS loaded."""
+    if sys.platform == "linux" and not any(isinstance(finder, _BeforeMLX) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeMLX())
 
 
 def load_fast_blas() -> str | None:
@@ -44,15 +67,13 @@ def _candidates() -> list[str]:
     return list(dict.fromkeys([*mkl, *(name for name in system if name)]))
 
 
+def is_slow() -> bool:
+    """Whether MLX's CPU backend multiplies with its own reference BLAS."""
+    return sys.platform == "linux" and _loaded is None
+
+
 def describe() -> str:
-    """One line for `doctor`: which BLAS serves MLX's CPU backend here, and what to do if it is a slow one."""
+    """Which BLAS serves MLX's CPU backend here."""
     if sys.platform == "darwin":
         return "Accelerate"
-    if _loaded:
-        return _loaded
-    if os.environ.get("MINIMAC_BLAS") == "none":
-        return "MLX's own (MINIMAC_BLAS=none)"
-    return (
-        "MLX's own reference BLAS, about 50 times slower than a tuned one; `pip install mkl` or "
-        "`apt install libopenblas0`, and import mlx_impl before mlx.core"
-    )
+    return _loaded or "MLX's own reference BLAS, about 50 times slower than a tuned one"

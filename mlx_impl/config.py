@@ -241,3 +241,81 @@ PRESETS: dict[str, ModelConfig] = {
     "large": ModelConfig(d_model=1024, num_layers=16, num_query_heads=16, num_kv_heads=4, d_ff=4096),
 }
 """`train` takes vocab_size from the tokenizer; medium at 32,000 is exactly 127,224,576 parameters."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run. Learning rates, sizes and intervals are those of one optimizer step."""
+
+    epochs: float = option(1.0, "passes over the training text")
+    steps: int | None = option(None, "optimizer steps, instead of epochs")
+    minutes: float | None = option(None, "wall time, instead of epochs; the schedule follows the clock")
+    batch_size: int = option(4, "windows a microbatch")
+    grad_accum: int = option(4, "microbatches an optimizer step")
+    seq_len: int | None = option(None, "tokens a window; default: the model's context, at most 512")
+    lr: float = option(3e-4, "peak learning rate")
+    warmup: float = option(0.02, "share of the steps that the learning rate rises over")
+    final_lr: float = option(0.1, "share of the peak at which the learning rate ends")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm")
+    eval_every: int = option(100, "steps between evaluations on held-out text")
+    eval_tokens: int = option(16384, "held-out tokens looked at, at most")
+    save_every: int = option(100, "steps between resumable states")
+    recompute: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    seed: int = option(0, "decides initial weights, shuffling and dropout")
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have; all offenders in one message (InputError)."""
+        wrong = []
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                wrong.append(f"{name} = {value!r} must be a whole number of at least 1")
+        for name in ("epochs", "minutes", "lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not _is_positive(value):
+                wrong.append(f"{name} = {value!r} must be a positive number")
+        for name in ("warmup", "final_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
+        if self.steps is not None and self.minutes is not None:
+            wrong.append("steps and minutes exclude each other")
+        if wrong:
+            raise InputError("training configuration: " + "; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class ContinualLearningConfig:
+    """How a lesson is learned. The names are those of the original project where it has the thing."""
+
+    lora_r: int = option(14, "rank of the adapter")
+    lora_alpha: float = option(28.0, "the low-rank product is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, "dropout before the low-rank product while learning")
+    lora_target_modules: tuple[str, ...] = option(LORA_TARGETS, "linear layers that carry the adapter")
+    learning_rate: float = option(1e-3, "peak learning rate")
+    warmup: float = option(0.1, "share of the steps that the learning rate rises over")
+    batch_size: int = option(4, "windows a step, at most; fewer where the time is short")
+    seq_len: int = option(256, "tokens a window")
+    gradient_accumulation_steps: int = option(1, "microbatches a step")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    holdout: float = option(0.1, "share of the text kept for measuring, never trained on")
+    seed: int = option(0, "decides the adapter's initial values, the held-out part and the order of the text")
+    device: str = option("default", "cpu, gpu, or mps and default for what MLX chooses")
+
+    def __post_init__(self) -> None:
+        """Refuse values that no lesson can have; all offenders in one message (InputError)."""
+        wrong = []
+        for name in ("lora_r", "batch_size", "seq_len", "gradient_accumulation_steps"):
+            if not _is_count(getattr(self, name)):
+                wrong.append(f"{name} = {getattr(self, name)!r} must be a whole number of at least 1")
+        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
+            if not _is_positive(getattr(self, name)):
+                wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
+        for name, end in (("lora_dropout", 1), ("holdout", 1), ("warmup", 1.0001), ("weight_decay", 1.0001)):
+            if not 0 <= getattr(self, name) < end:
+                wrong.append(f"{name} = {getattr(self, name)!r} must be at least 0 and below 1")
+        if self.device not in ("default", "mps", "cpu", "gpu"):
+            wrong.append(f"device = {self.device!r} must be default, mps, cpu or gpu")
+        if wrong:
+            raise InputError("learning configuration: " + "; ".join(wrong))

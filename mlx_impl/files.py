@@ -6,6 +6,7 @@ the disk, `F_FULLFSYNC` does. A process killed on the way leaves only a name tha
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, LockedError
 
 TEMPORARY = ".tmp-"
 
@@ -33,8 +34,6 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":
-            import fcntl
-
             try:
                 fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
                 return
@@ -116,6 +115,26 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` for the block; it goes with the process, however that ends.
+
+    Raises LockedError naming the pid that holds it. `what` says what is being written, for that message.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise LockedError(f"{what} is being written by process {holder}; wait until it ends") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ class Sampling:
                 ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
                 ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
                 ("repetition_penalty", self.repetition_penalty, "[0.01, 100]", 0.01 <= self.repetition_penalty <= 100),
+                ("seed", self.seed, "[0, 2**32)", 0 <= self.seed < 2**32),
             )
             if not fine
         ]
@@ -49,10 +50,10 @@ def penalized(logits: mx.array, seen: Sequence[int], penalty: float) -> mx.array
     """Logits (V,) with those of tokens already there made less likely (Keskar et al. 2019, CTRL, section 4.1)."""
     if penalty == 1.0 or not seen:
         return logits
-    ids = mx.array(sorted(set(seen)))
-    chosen = logits[ids]
-    logits[ids] = mx.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return logits
+    there = mx.zeros(logits.shape, mx.bool_)
+    there[mx.array(sorted(set(seen)))] = True
+    weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
+    return mx.where(there, weaker, logits)
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:

@@ -52,6 +52,7 @@ class LoRALinear(nn.Module):
         self.lora_b = lora_b  # (r, out)
         self.dropout = nn.Dropout(dropout)
         self._scale = scale
+        self.train(linear.training)  # a new module is in training mode, and would drop out in an eval model
 
     @classmethod
     def from_base(cls, linear: nn.Linear, config: LoRAConfig, key: mx.array) -> "LoRALinear":
@@ -74,6 +75,7 @@ class LoRALinear(nn.Module):
         fused.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
         if "bias" in self.linear:
             fused.bias = self.linear.bias
+        fused.freeze()  # like every other weight of an adapted model
         return fused
 
 

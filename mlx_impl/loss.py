@@ -3,7 +3,11 @@
 Labels are shifted here and nowhere else: position t of a window predicts token t + 1.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_impl.base import BaseModel
 
@@ -23,3 +27,19 @@ def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple
     logits = model(tokens[:, :-1])  # (B, T, V)
     losses = cross_entropy(logits, tokens[:, 1:]) * mask  # (B, T)
     return losses.sum(), mask.sum()
+
+
+def loss_of(
+    model: BaseModel, dtype: mx.Dtype = mx.float32
+) -> Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """`next_token_loss` as a function of the trained parameters, which are computed with in `dtype`.
+
+    They stay float32 outside, so that small updates are not lost to rounding. The function leaves what it was
+    called with in the model.
+    """
+
+    def loss(parameters: Any, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+        model.update(tree_map(lambda p: p.astype(dtype), parameters))
+        return next_token_loss(model, tokens, mask)
+
+    return loss

@@ -107,12 +107,8 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
         """(B, T, D) -> (B, T, D). Dropout acts only in training mode."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), mask, cache))
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
-
-    def _drop(self, x: mx.array) -> mx.array:
-        # The module is private to stay out of the parameter tree, so train() and eval() do not reach it.
-        return self._dropout(x) if self.training else x
+        x = x + self._dropout(self.self_attn(self.input_layernorm(x), mask, cache))
+        return x + self._dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):

@@ -6,6 +6,7 @@ file, so that a model larger than memory can be converted. Hashes in `minimac.js
 safetensors reader notices: a flipped bit in the data.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -108,21 +109,12 @@ def weight_files(directory: Path) -> list[Path]:
 def checked_weights(directory: Path, config: ModelConfig) -> list[Path]:
     """The weight files of a model directory, after every check that needs no more than their headers.
 
-    Hashes are compared where there is a manifest. Tensors that carry nothing are let pass: rotary buffers
-    of old checkpoints, and the copy of tied embeddings. Raises InputError or DamagedFileError.
+    Hashes are compared where there is a manifest. Raises InputError or DamagedFileError.
     """
     files = weight_files(directory)
     if (directory / MANIFEST).is_file():
         verify_manifest(directory)
-    wanted = expected_shapes(config)
-    shapes = {name: info.shape for name, info in validate_safetensors(files).items()}
-    known = {
-        name: shape
-        for name, shape in shapes.items()
-        if not name.endswith(".rotary_emb.inv_freq")
-        and not (config.tie_embeddings and name == "lm_head.weight")
-    }
-    check_shapes(known, wanted, str(directory))
+    validate_safetensors(files, expected_shapes(config))
     return files
 
 
@@ -218,22 +210,26 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
     """One header entry, checked with Python's own integers."""
+    if not name.isprintable():
+        raise DamagedFileError(f"{path}: {name!r:.60} is no name of a tensor")
     if not isinstance(entry, dict):
         raise DamagedFileError(f"{path}: tensor {name}: its entry is a {type(entry).__name__}, not an object")
     code: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(code, str) or code not in _DTYPES:
-        raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r}; only {', '.join(_DTYPES)} are read")
+        raise DamagedFileError(
+            f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(_DTYPES)} are read"
+        )
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise DamagedFileError(
-            f"{path}: tensor {name}: shape {shape!r} and data_offsets {offsets!r} make no sense"
+            f"{path}: tensor {name}: shape {shape!r:.60} and data_offsets {offsets!r:.60} make no sense"
         )
     start, stop = data_start + offsets[0], data_start + offsets[1]
     wanted = math.prod(shape) * _STORED[_DTYPES[code]].itemsize
     if stop - start != wanted:
         raise DamagedFileError(
-            f"{path}: tensor {name}: {stop - start:,} bytes, {code} {shape} has {wanted:,}"
+            f"{path}: tensor {name}: {stop - start:,} bytes, {code} {shape!r:.60} has {wanted:,}"
         )
     if stop > size:
         raise DamagedFileError(f"{path}: tensor {name} ends at byte {stop:,}, the file at {size:,}: cut off?")
@@ -248,12 +244,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` that refuses a key given twice, where json would keep the last one."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.60} appears twice")
     return dict(pairs)
 
 
 def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+    return name not in ("", ".", "..") and name.isprintable() and "/" not in name and "\\" not in name
 
 
 # -- writing -------------------------------------------------------------------------
@@ -360,7 +356,7 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DamagedFileError(
-            f"{path}: format_version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+            f"{path}: format_version {manifest.get('format_version')!r:.60}, this program reads {FORMAT_VERSION}"
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_plain_name(name) for name in files):
@@ -375,3 +371,14 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
     if wrong:
         raise DamagedFileError(f"{directory}: {'; '.join(wrong)}; pull or convert the model again")
     return manifest
+
+
+def identity(directory: Path) -> str:
+    """Sha256 that names a base model: over its configuration and weights, not its name or other files.
+
+    The manifest's hashes are taken where there is one; whoever loads the weights compares them.
+    """
+    listed = read_json(directory / MANIFEST)["files"] if (directory / MANIFEST).is_file() else {}
+    names = [CONFIG, *(path.name for path in weight_files(directory))]
+    digests = [[name, listed.get(name) or sha256(directory / name)] for name in names]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -1,0 +1,542 @@
+"""Documents -> tokens -> packed windows -> batches.
+
+All documents form one stream of tokens, each closed by EOS, and windows are cut from it back to back: nothing
+is padded, and every token but the very first is a target exactly once. Which targets count in the loss
+travels as a mask beside the tokens. A stream lies in memory (`Tokens`) or in a memory-mapped folder
+(`TokenFile`) that may be larger than memory. Order depends on (seed, epoch) alone, so a cursor of a few
+numbers resumes at the exact window.
+
+Shapes: B rows, L targets per row; a row is L + 1 tokens, and mask[b, t] weighs the target tokens[b, t + 1].
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.files import atomic_folder, read_json, sha256, write_json
+from mlx_impl.readers import (
+    Document,
+    Exchange,
+    InputFile,
+    Message,
+    Skipped,
+    find_files,
+    nothing_to_read,
+    pieces,
+    read_file,
+)
+
+Ids = NDArray[np.int32]
+Flags = NDArray[np.bool_]
+Batch = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""Tokens (B, L + 1) and mask (B, L)."""
+Progress = Callable[[int, int], None]
+"""Told of bytes done and bytes in all."""
+
+LOSS_ON = ("all", "completion", "assistant")
+"""All text; the completion or last assistant turn; every assistant turn. Plain text always counts whole."""
+
+FORMAT_VERSION = 1
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer here; `mlx_impl.tokenizer.Tokenizer` is one."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document, if there is one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids are smaller than this."""
+
+    @property
+    def digest(self) -> str:
+        """Equal for tokenizers that behave alike."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` works."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without specials."""
+
+    def encode_chat(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
+        """Ids of a conversation as the chat template renders it."""
+
+
+# Documents -> tokens
+
+
+def encode_document(
+    document: Document, tokenizer: TextTokenizer, loss_on: str = "all"
+) -> tuple[Ids, Flags | None]:
+    """Ids (N,) of a document with its closing EOS, and which of them are trained on (N,), None for all.
+
+    Raises InputError for an unknown `loss_on`, for a conversation without a chat template, and for a template
+    that does not allow to say which tokens are the assistant's.
+    """
+    if loss_on not in LOSS_ON:
+        raise InputError(f"loss_on is {loss_on!r}; {', '.join(LOSS_ON)} are known")
+    content, closed = document.content, False
+    if isinstance(content, str):
+        ids = [token for piece in pieces([content]) for token in tokenizer.encode(piece)]
+        trained = [True] * len(ids)
+    elif isinstance(content, Exchange) and not tokenizer.has_chat_template:
+        prompt, completion = tokenizer.encode(content.prompt), tokenizer.encode(content.completion)
+        ids, trained = prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    else:
+        ids, trained, closed = _encode_chat(document, tokenizer, loss_on)
+    if document.ends and tokenizer.eos_id is not None and not closed:
+        ids.append(tokenizer.eos_id)
+        trained.append(isinstance(content, Exchange) or not trained or trained[-1])
+    if max(ids, default=0) >= tokenizer.vocab_size:
+        raise InputError(
+            f"{document.name}: the tokenizer gave the id {max(ids)}, its vocab_size is {tokenizer.vocab_size}"
+        )
+    return np.array(ids, np.int32), None if loss_on == "all" else np.array(trained, bool)
+
+
+def _turns(document: Document) -> list[Message]:
+    """A conversation or an exchange as chat messages."""
+    content = document.content
+    if isinstance(content, Exchange):
+        return [
+            {"role": "user", "content": content.prompt},
+            {"role": "assistant", "content": content.completion},
+        ]
+    assert not isinstance(content, str)
+    return list(content)
+
+
+def _trained_turns(document: Document, loss_on: str) -> list[int]:
+    """Indices of the messages that are trained on; InputError if there is none."""
+    messages = _turns(document)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise InputError(f"{document.name}: no assistant turn to train on; remove it or train on all text")
+    return turns if loss_on == "assistant" else turns[-1:]
+
+
+def _encode_chat(
+    document: Document, tokenizer: TextTokenizer, loss_on: str
+) -> tuple[list[int], list[bool], bool]:
+    """Ids of a conversation, which are trained on, and whether the template closed the last turn with EOS.
+
+    A turn is what rendering it adds to the conversation before it with the generation prompt, so its end
+    marker is part of it. That each rendering goes on where the shorter one stopped is checked.
+    """
+    if not tokenizer.has_chat_template:
+        raise InputError(
+            f"{document.name}: a conversation, but this tokenizer has no chat template; use prompt/completion"
+        )
+    messages = _turns(document)
+    ids = tokenizer.encode_chat(messages, False)
+    # ChatML puts a line end behind its EOS, so the whole last turn is looked at.
+    answered = messages[-1]["role"] == "assistant"
+    last = len(tokenizer.encode_chat(messages[:-1], answered)) if len(messages) > 1 else 0
+    closed = tokenizer.eos_id in ids[last:]
+    if loss_on == "all":
+        return ids, [True] * len(ids), closed
+    trained = [False] * len(ids)
+    for turn in _trained_turns(document, loss_on):
+        before = tokenizer.encode_chat(messages[:turn], True)
+        after = tokenizer.encode_chat(messages[: turn + 1], False)
+        if ids[: len(before)] != before or ids[: len(after)] != after or len(before) > len(after):
+            raise InputError(
+                f"{document.name}: with message {turn + 1} the chat template changes the text before it, so "
+                "its tokens cannot be told apart; train on all text"
+            )
+        trained[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return ids, trained, closed
+
+
+def _trained_bytes(document: Document, loss_on: str) -> int:
+    """UTF-8 bytes of the text that is trained on, without roles and template: for bits per byte."""
+    if loss_on == "all" or isinstance(document.content, str):
+        return len(document.text.encode())
+    messages = _turns(document)
+    return sum(len(messages[turn]["content"].encode()) for turn in _trained_turns(document, loss_on))
+
+
+# Streams of tokens: in memory, and in a memory-mapped folder
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A stream in memory: ids (N,), and trained (N,), None for all.
+
+    `n_bytes` are the UTF-8 bytes of the text that is trained on, what bits per byte divide by.
+    """
+
+    ids: Ids
+    trained: Flags | None
+    n_documents: int
+    n_bytes: int
+
+    def __len__(self) -> int:
+        """Number of tokens N."""
+        return len(self.ids)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens may be left out of the loss."""
+        return self.trained is not None
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the stream."""
+        hashed = hashlib.sha256(self.ids.tobytes())
+        if self.trained is not None:
+            hashed.update(self.trained.tobytes())
+        return hashed.hexdigest()
+
+    def span(self, start: int, stop: int) -> tuple[Ids, Flags]:
+        """Ids and trained of the tokens [start, stop), both (stop - start,)."""
+        trained = np.ones(stop - start, bool) if self.trained is None else self.trained[start:stop]
+        return self.ids[start:stop], trained
+
+
+def tokens_of(documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: str = "all") -> Tokens:
+    """The stream of these documents, in memory; errors as for `encode_document`."""
+    ids, trained = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+    n_documents = n_bytes = 0
+    for document in documents:
+        more, flags = encode_document(document, tokenizer, loss_on)
+        ids.append(more)
+        trained.append(np.ones(len(more), bool) if flags is None else flags)
+        n_documents += document.ends
+        n_bytes += _trained_bytes(document, loss_on)
+    return Tokens(
+        np.concatenate(ids), None if loss_on == "all" else np.concatenate(trained), n_documents, n_bytes
+    )
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A stream in a folder, memory-mapped; the same attributes as `Tokens`.
+
+    `tokens.bin` holds little-endian uint16 or uint32, `mask.bin` a bit per token unless all are trained on,
+    and `header.json` says what they were made from. `digest` names inputs, tokenizer and `loss_on`; `reused`
+    tells whether `tokenize_files` found the folder already made.
+    """
+
+    path: Path
+    ids: np.memmap
+    bits: np.memmap | None
+    n_documents: int
+    n_bytes: int
+    digest: str
+    reused: bool = False
+
+    def __len__(self) -> int:
+        """Number of tokens N."""
+        return len(self.ids)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens may be left out of the loss."""
+        return self.bits is not None
+
+    def span(self, start: int, stop: int) -> tuple[Ids, Flags]:
+        """Ids and trained of the tokens [start, stop), both (stop - start,)."""
+        ids = self.ids[start:stop].astype(np.int32)
+        if self.bits is None:
+            return ids, np.ones(stop - start, bool)
+        first = start // 8 * 8
+        bits = np.unpackbits(self.bits[start // 8 : -(-stop // 8)])
+        return ids, bits[start - first : stop - first].astype(bool)
+
+    @classmethod
+    def open(cls, path: Path, reused: bool = False) -> "TokenFile":
+        """Map a stream; DamagedFileError if a file is missing or its size is not what the header says."""
+        header = read_json(path / "header.json")
+        if header.get("version") != FORMAT_VERSION:
+            raise DamagedFileError(
+                f"{path}: token file version {header.get('version')!r}, {FORMAT_VERSION} is read; remove it"
+            )
+        try:
+            dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
+            n = int(header["n_tokens"])
+            ids = _mapped(path / "tokens.bin", dtype, n)
+            bits = _mapped(path / "mask.bin", np.dtype("u1"), -(-n // 8)) if header["masked"] else None
+            counts = int(header["n_documents"]), int(header["n_bytes"])
+            return cls(path, ids, bits, *counts, str(header["digest"]), reused)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"{path / 'header.json'}: not the header of a token file ({error!r})"
+            ) from None
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.memmap:
+    """A read-only map of `count` numbers, at least one, which must fill the file."""
+    wanted = count * dtype.itemsize
+    found = path.stat().st_size if path.is_file() else 0
+    if found != wanted or not wanted:
+        raise DamagedFileError(
+            f"{path}: {found:,} bytes, the header says {wanted:,}; remove it and tokenize anew"
+        )
+    return np.memmap(path, dtype, mode="r")
+
+
+def tokenize_files(
+    paths: Sequence[Path],
+    tokenizer: TextTokenizer,
+    cache_dir: Path,
+    loss_on: str = "all",
+    progress: Progress | None = None,
+    skipped: Skipped | None = None,
+) -> TokenFile:
+    """The stream of these files and folders, written once to a folder in `cache_dir` named by its digest.
+
+    It is reused while the files' contents, their order and kinds, the tokenizer and `loss_on` stay the same,
+    whatever the files are called; a damaged one is made anew. One document at a time is in memory. `progress`
+    counts bytes of input, `skipped` is told of files passed over in folders. An error of a reader (see
+    `read_documents`), the tokenizer or the disk leaves nothing behind.
+    """
+    files = find_files(paths, skipped)
+    before = [_state(file.path) for file in files]
+    digest = _digest_of(files, tokenizer, loss_on)
+    target = cache_dir / f"tokens-{digest[:16]}"
+    try:
+        if target.exists():
+            return TokenFile.open(target, reused=True)
+    except (DamagedFileError, InputError):
+        pass  # a cache can always be made again
+    with atomic_folder(target, replace=True) as folder:
+        documents = _read_counting(files, progress or (lambda done, total: None), skipped)
+        header = _write_stream(folder, documents, tokenizer, loss_on)
+        if not header["n_tokens"]:
+            raise nothing_to_read(paths)
+        changed = [
+            str(file.path) for file, state in zip(files, before, strict=True) if _state(file.path) != state
+        ]
+        if changed:
+            raise InputError(f"{', '.join(changed)}: changed while being read; try again when it is written")
+        write_json(
+            folder / "header.json",
+            header | {"digest": digest, "tokenizer": tokenizer.digest, "loss_on": loss_on},
+        )
+    return TokenFile.open(target)
+
+
+def _digest_of(files: list[InputFile], tokenizer: TextTokenizer, loss_on: str) -> str:
+    """Hex digest of all that decides what the stream will be."""
+    # A conversation stands for the chat template, which a tokenizer's digest need not cover.
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    template = tokenizer.encode_chat(chat, False) if tokenizer.has_chat_template else None
+    inputs = [(file.kind, sha256(file.path)) for file in files]
+    made_of = [FORMAT_VERSION, tokenizer.digest, tokenizer.eos_id, template, loss_on, inputs]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: a cheap sign that a file is being written to."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_counting(files: list[InputFile], progress: Progress, skipped: Skipped | None) -> Iterator[Document]:
+    """The documents of all files; `progress` is told when one has been used."""
+    sizes = [file.path.stat().st_size for file in files]
+    done, total = 0, sum(sizes)
+    for file, size in zip(files, sizes, strict=True):
+        read = 0
+        for document in read_file(file, skipped):
+            yield document
+            read = min(size, read + len(document.text.encode()))
+            progress(done + read, total)
+        done += size
+    progress(total, total)
+
+
+def _write_stream(
+    folder: Path, documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: str
+) -> dict[str, Any]:
+    """Write `tokens.bin`, and `mask.bin` unless all are trained on; returns their part of the header."""
+    dtype, name = ("<u2", "uint16") if tokenizer.vocab_size <= 1 << 16 else ("<u4", "uint32")
+    header = {"version": FORMAT_VERSION, "dtype": name, "masked": loss_on != "all"}
+    n_tokens = n_documents = n_bytes = 0
+    rest = np.zeros(0, bool)  # flags that do not fill a byte yet
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as mask:
+        for document in documents:
+            ids, trained = encode_document(document, tokenizer, loss_on)
+            tokens.write(ids.astype(dtype).tobytes())
+            if trained is not None:
+                flags = np.concatenate([rest, trained])
+                whole = len(flags) // 8 * 8
+                mask.write(np.packbits(flags[:whole]).tobytes())
+                rest = flags[whole:]
+            n_tokens += len(ids)
+            n_documents += document.ends
+            n_bytes += _trained_bytes(document, loss_on)
+        mask.write(np.packbits(rest).tobytes())
+    if loss_on == "all":
+        (folder / "mask.bin").unlink()
+    return header | {"n_tokens": n_tokens, "n_documents": n_documents, "n_bytes": n_bytes}
+
+
+# Tokens -> windows -> batches
+
+
+def _gather(tokens: TokenFile | Tokens, rows: Sequence[tuple[int, int]], length: int) -> Batch:
+    """Windows of `length` targets; a row (done, last) ends at target `last` and counts those after `done`."""
+    ids = np.zeros((len(rows), length + 1), np.int32)  # (B, L + 1)
+    mask = np.zeros((len(rows), length), np.float32)  # (B, L)
+    for row, (done, last) in enumerate(rows):
+        start = last - length
+        ids[row], trained = tokens.span(start, last + 1)
+        mask[row] = trained[1:]
+        mask[row, : done - start] = 0
+    return ids, mask
+
+
+def _window_length(tokens: TokenFile | Tokens, seq_len: int) -> int:
+    """L: `seq_len`, or all targets there are if these are fewer; InputError if there is none."""
+    if seq_len < 1:
+        raise InputError(f"seq_len is {seq_len}, at least 1 is needed")
+    if len(tokens) < 2:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, at least 2 are needed to predict one from another"
+        )
+    return min(seq_len, len(tokens) - 1)
+
+
+class Windows:
+    """The stream cut into windows of L = min(seq_len, N - 1) targets: tokens [i*L, i*L + L].
+
+    Each token but the first is a target in exactly one window. The last window is moved back to be full, and
+    what it repeats is masked out. Windows in which nothing counts are left out. InputError if nothing counts
+    at all.
+    """
+
+    def __init__(self, tokens: TokenFile | Tokens, seq_len: int) -> None:
+        """Find the windows; reads the mask once if there is one."""
+        self.tokens = tokens
+        self.seq_len = _window_length(tokens, seq_len)
+        self.n_targets = len(tokens) - 1
+        """Targets that count in the loss, over all windows."""
+        self._windows: range | NDArray[np.int64] = range(-(-self.n_targets // self.seq_len))
+        if tokens.masked:
+            counts = np.array([tokens.span(*self._targets(window))[1].sum() for window in self._windows])
+            self._windows = np.flatnonzero(counts)
+            self.n_targets = int(counts.sum())
+        if not self.n_targets:
+            raise InputError("no token of this text counts in the loss; train on all text")
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self._windows)
+
+    def _targets(self, window: int) -> tuple[int, int]:
+        """The tokens [first, stop) that window number `window` of the stream counts as targets."""
+        done = int(window) * self.seq_len
+        return done + 1, min(done + self.seq_len, len(self.tokens) - 1) + 1
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """Windows by index, 0 <= index < len(self): tokens (B, L + 1) int32 and mask (B, L) float32."""
+        spans = [self._targets(self._windows[index]) for index in indices]
+        return _gather(self.tokens, [(first - 1, stop - 1) for first, stop in spans], self.seq_len)
+
+
+class Batches:
+    """An endless iterator over batches of windows that goes on exactly where its cursor says.
+
+    Each epoch is a permutation of the windows drawn from (seed, epoch) alone; the last batch of an epoch is
+    filled from the start of the next, so that every batch has the same shape. With fewer windows than
+    `batch_size`, a batch has as many rows as there are windows: no window is twice in it for want of others.
+    """
+
+    def __init__(self, windows: Windows, batch_size: int, seed: int, shuffle: bool = True) -> None:
+        """Start before the first window of epoch 0; InputError for a batch size below 1."""
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, at least 1 is needed")
+        self.windows = windows
+        self.rows = min(batch_size, len(windows))
+        """B, the rows of each batch."""
+        self.epoch = 0
+        self.position = 0
+        """Windows of this epoch that were handed out."""
+        self._seed, self._shuffle = seed, shuffle
+        self._data = {
+            "windows": len(windows),
+            "seq_len": windows.seq_len,
+            "seed": seed,
+            "shuffle": shuffle,
+            "tokens": windows.tokens.digest,
+        }
+        self._order = self._permutation(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Itself: there is one position."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Tokens (B, L + 1) int32 and mask (B, L) float32."""
+        chosen = self._take(self.rows)
+        if len(chosen) < self.rows:
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = self._permutation(self.epoch)
+            chosen = np.concatenate([chosen, self._take(self.rows - len(chosen))])
+        return self.windows.batch(chosen)
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """Where the next batch begins and in which data; JSON can hold it."""
+        return {"epoch": self.epoch, "position": self.position, **self._data}
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        """Go on from a cursor; InputError naming what differs if it belongs to other data or order."""
+        differs = [
+            f"{key} was {cursor.get(key)!r}, is {value!r}"
+            for key, value in self._data.items()
+            if cursor.get(key) != value
+        ]
+        if differs:
+            raise InputError(f"cannot resume in other data: {'; '.join(differs)}")
+        self.epoch, self.position = cursor["epoch"], cursor["position"]
+        self._order = self._permutation(self.epoch)
+
+    def _take(self, count: int) -> NDArray[np.int64]:
+        """The next `count` windows of this epoch, or what is left of it."""
+        chosen = self._order[self.position : self.position + count]
+        self.position += len(chosen)
+        return chosen
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """Order of the windows in an epoch.
+
+        Sorted raw Philox words: numpy keeps those the same in all versions, `Generator.permutation` it does
+        not, and a run that is resumed after an upgrade must go on in the same order.
+        """
+        if not self._shuffle:
+            return np.arange(len(self.windows))
+        key = np.array([self._seed % 2**64, epoch], np.uint64)
+        return np.random.Philox(key=key).random_raw(len(self.windows)).argsort(kind="stable")
+
+
+def evaluation_windows(
+    tokens: TokenFile | Tokens, seq_len: int, stride: int, batch_size: int = 1
+) -> Iterator[Batch]:
+    """Overlapping windows in order, in which each token but the first counts exactly once.
+
+    The first window counts all of its L = min(seq_len, N - 1) targets; each later one moves on by `stride`
+    and counts its last `stride`, which thus have at least L - stride tokens before them. The last is moved
+    back to be full. Yields tokens (B, L + 1) and mask (B, L), B = `batch_size` but for the last. Raises
+    InputError for a stride that is not in [1, seq_len] and for fewer than 2 tokens.
+    """
+    if not 1 <= stride <= seq_len:
+        raise InputError(f"stride is {stride}, it must lie between 1 and seq_len = {seq_len}")
+    length, end = _window_length(tokens, seq_len), len(tokens) - 1
+    firsts = range(length, end, stride)
+    rows = [(0, length), *((done, min(done + stride, end)) for done in firsts)]
+    for first in range(0, len(rows), batch_size):
+        yield _gather(tokens, rows[first : first + batch_size], length)

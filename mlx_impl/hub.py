@@ -1,0 +1,56 @@
+"""The folder of pulled models: which one is the default, and who may write there. No MLX, quick to import.
+
+`HOME/models/NAME` holds one model directory each, `HOME/default` the path of the last one pulled. Pulls
+exclude each other, so that one may sweep away what a killed one left.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_impl import files
+from mlx_impl.errors import InputError, LockedError
+
+
+def default_model(home: Path | None = None) -> Path:
+    """The model that commands use without `--model`: `MINIMAC_MODEL`, else the last one pulled.
+
+    Raises InputError where there is none, or where the recorded one is gone.
+    """
+    named = os.environ.get("MINIMAC_MODEL")
+    record = (home or files.home()) / "default"
+    if not named and not record.is_file():
+        raise InputError("no model yet: run `minimac-mlx pull`, or name one with --model")
+    model = Path(named or record.read_text(encoding="utf-8").strip()).expanduser()
+    if not model.is_dir():
+        where = "MINIMAC_MODEL" if named else str(record)
+        raise InputError(
+            f"{model}: no such folder ({where} names it); run `minimac-mlx pull`, or use --model"
+        )
+    return model
+
+
+def set_default(model: Path, home: Path | None = None) -> None:
+    """Make `model` what commands use from now on."""
+    files.write_text((home or files.home()) / "default", f"{model.resolve()}\n")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold `folder/.lock`, sweep what a crashed writer left. LockedError names the pid that holds it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise LockedError(
+                f"{folder}: process {lock.read().strip()} is pulling a model; wait for it"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        files.sweep(folder)
+        yield

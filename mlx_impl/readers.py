@@ -1,0 +1,479 @@
+"""Readers: files and folders in, documents out, and what part of the documents is held out.
+
+Nothing is ever read whole: a text file arrives in pieces of at most `PIECE` characters, cut where a tokenizer
+would cut anyway, so that a corpus larger than memory or one endless line costs no more than a small file.
+Text is kept as it is: line ends are not translated (CRLF stays CRLF), only a byte order mark is dropped.
+Whatever cannot be read as UTF-8, or UTF-16 with its mark, is refused by name and byte offset, never guessed
+at or repaired.
+"""
+
+import codecs
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_impl.errors import DamagedFileError, InputError
+
+PIECE = 1 << 20
+"""Longest piece of a text, in characters; also how many bytes are read at once."""
+LINE_LIMIT = 64 << 20
+"""Longest row of a .jsonl file, in characters: a row has to be parsed whole."""
+FEW_DOCUMENTS = 10
+"""Below so many documents the held-out part is drawn from their paragraphs."""
+SMALLEST_BLOCK = 50
+"""Tokens that a held-out paragraph has at least; shorter ones are joined to their neighbour."""
+
+TEXT_SUFFIXES = frozenset(
+    """.adoc .asm .awk .bash .bat .bib .c .cc .cfg .clj .cljs .cmake .conf .cpp .cs .css .csv .cu .cxx
+    .dart .diff .el .elm .erl .ex .exs .f .f90 .fish .fs .go .gradle .graphql .h .hh .hpp .hrl .hs .htm
+    .html .hxx .ini .ipp .java .jl .js .json .jsx .kt .kts .less .lisp .lua .m .markdown .md .mdx .metal
+    .mjs .mk .ml .mli .mm .nim .nix .org .pas .patch .php .pl .pm .properties .proto .ps1 .py .pyi .pyx
+    .r .rb .rkt .rs .rst .s .sass .scala .scm .scss .sh .sql .srt .svelte .swift .tcl .tex .text
+    .tf .toml .ts .tsv .tsx .txt .v .vb .vhd .vim .vue .xml .yaml .yml .zig .zsh""".split()  # noqa: SIM905
+)
+"""What is read as text inside a folder; a file named by the user is tried whatever its name."""
+
+Message = dict[str, str]
+"""One turn of a conversation: {"role": ..., "content": ...}."""
+Skipped = Callable[[Path, str], None]
+"""Told of each file passed over inside a folder, and why."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and the answer to be learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, exchange or conversation. `name` is its file, with `#line` for a row of a .jsonl file.
+
+    A long text comes as several documents in a row, all but the last with `ends` False: joined without
+    anything between them they are the text. Raises InputError for a lone surrogate, which no tokenizer can
+    encode.
+    """
+
+    name: str
+    content: str | Exchange | tuple[Message, ...]
+    ends: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse half a surrogate pair (from JSON escapes, or a command line that is not UTF-8)."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{self.name}: half a surrogate pair at character {error.start:,}; replace it"
+            ) from None
+
+    @property
+    def text(self) -> str:
+        """All of its text, without roles and without what a chat template would add."""
+        if isinstance(self.content, str):
+            return self.content
+        if isinstance(self.content, Exchange):
+            return self.content.prompt + self.content.completion
+        return "\n".join(message["content"] for message in self.content)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to be read; one that was found in a folder may turn out unusable without being an error."""
+
+    path: Path
+    in_folder: bool = False
+
+    @property
+    def kind(self) -> str:
+        """How it is read: "jsonl", "pdf" or "text"."""
+        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".pdf": "pdf"}.get(self.path.suffix.lower(), "text")
+
+
+def read_documents(paths: Sequence[Path], skipped: Skipped | None = None) -> Iterator[Document]:
+    """The documents of files and folders, in the order given; folders recursively, sorted by name.
+
+    Raises InputError for what cannot be used (missing, empty, binary, not UTF-8, rows without a known key, a
+    folder with nothing to read) and DamagedFileError for a broken PDF or a line that is not JSON. Inside a
+    folder, text files and PDFs that would be an InputError are passed over and reported to `skipped` instead.
+    """
+    empty = True
+    for file in find_files(paths, skipped):
+        for document in read_file(file, skipped):
+            empty = False
+            yield document
+    if empty:
+        raise nothing_to_read(paths)
+
+
+def nothing_to_read(paths: Sequence[Path]) -> InputError:
+    """The error for paths in which no document was found."""
+    return InputError(
+        f"{', '.join(map(str, paths)) or 'no path given'}: nothing to read; name a file that holds text"
+    )
+
+
+def find_files(paths: Sequence[Path], skipped: Skipped | None = None) -> list[InputFile]:
+    """All files that `read_documents` would read; InputError for a missing path or a folder without any."""
+    files: list[InputFile] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [InputFile(file, in_folder=True) for file in _walk(path, skipped or _ignore)]
+            if not found:
+                raise InputError(
+                    f"{path}: no file in this folder is of a kind that is read (text, code, .jsonl, .pdf)"
+                )
+            files += found
+        elif not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        elif not path.is_file():
+            raise InputError(f"{path}: not a regular file; use - to read from a pipe")
+        elif not os.access(path, os.R_OK):
+            raise InputError(f"{path}: no permission to read it")
+        else:
+            files.append(InputFile(path))
+    return files
+
+
+def read_file(file: InputFile, skipped: Skipped | None = None) -> Iterator[Document]:
+    """The documents of one file; errors as for `read_documents`."""
+    path = file.path
+    if file.kind == "jsonl":
+        yield from _read_jsonl(path, may_be_empty=file.in_folder)
+        return
+    try:
+        if file.in_folder and file.kind == "text":
+            deque(_decoded(path), maxlen=0)  # to the end, before the first piece of it is handed out
+        documents = _read_pdf(path) if file.kind == "pdf" else _read_text(path)
+        first = next(documents)
+    except InputError as error:
+        if not file.in_folder:
+            raise
+        (skipped or _ignore)(path, str(error).removeprefix(f"{path}: "))
+        return
+    yield first
+    yield from documents
+
+
+def text_document(text: str, name: str) -> Document:
+    """A text that came from standard input or --text as a document; InputError if it is unusable."""
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise InputError(f"{name}: empty, there is nothing to learn from")
+    if "\0" in text:
+        raise InputError(f"{name}: binary, not text (a NUL at character {text.index(chr(0)):,})")
+    return Document(name, text)
+
+
+def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """The same text in pieces of 1 to `size` characters, cut at a line, else a word, else anywhere."""
+    pending = ""
+    for chunk in chunks:
+        pending += chunk
+        while len(pending) > size:
+            cut = _last_boundary(pending, size)
+            yield pending[:cut]
+            pending = pending[cut:]
+    if pending:
+        yield pending
+
+
+# No byte-level tokenizer has a token across the first two. Not after a blank line: GPT-2's pattern takes its line
+# ends one by one before a word, and as one token at the end of a text.
+_BOUNDARIES = [re.compile(pattern) for pattern in (r"(?<=\S)\n(?=\S)", r"(?<=\S)(?=[ ]\S)", r"\s(?=\S)")]
+
+
+def _last_boundary(text: str, limit: int, reach: int = 1 << 16) -> int:
+    """Where to cut, at most at `limit`: the last boundary of the best kind in the last `reach` characters."""
+    for boundary in _BOUNDARIES:
+        last = deque(boundary.finditer(text, max(1, limit - reach), limit), maxlen=1)
+        if last:
+            return last[0].end()
+    return limit
+
+
+def _ignore(path: Path, reason: str) -> None:
+    pass
+
+
+def _walk(folder: Path, skipped: Skipped) -> Iterator[Path]:
+    """Files of the kinds that are read, sorted; links to folders are not followed, so there are no loops."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        for name in sorted(name for name in folders if name.startswith(".")):
+            skipped(Path(parent, name), "hidden")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in sorted(Path(parent, name) for name in names):
+            if path.name.startswith("."):
+                skipped(path, "hidden")
+            elif path.suffix.lower() not in TEXT_SUFFIXES and InputFile(path).kind == "text":
+                skipped(path, f"unknown extension {path.suffix!r}")
+            elif not path.is_file() or not os.access(path, os.R_OK):
+                skipped(path, "not a regular file, or no permission to read it")
+            else:
+                yield path
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """The text of a file, `PIECE` bytes at a time; InputError if it is binary, not UTF-8 or not UTF-16."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(3)
+            utf16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}.get(start[:2])
+            encoding = utf16 or "utf-8"
+            file.seek(2 if utf16 else 3 if start == codecs.BOM_UTF8 else 0)
+            decoder = codecs.getincrementaldecoder(encoding)()
+            at_end = False
+            while not at_end:
+                begin = file.tell()
+                undecoded = len(decoder.getstate()[0])  # of a character that the last chunk cut in two
+                chunk = file.read(PIECE)
+                at_end = not chunk
+                if not utf16 and b"\0" in chunk:
+                    raise InputError(f"{path}: binary, not text (a NUL at byte {begin + chunk.index(0):,})")
+                try:
+                    text = decoder.decode(chunk, final=at_end)
+                except UnicodeDecodeError as error:
+                    wrong = f"not {encoding.upper()} at byte {begin - undecoded + error.start:,}"
+                    raise InputError(f"{path}: {wrong}; convert it to UTF-8 first") from None
+                if "\0" in text:
+                    raise InputError(f"{path}: binary, not text (a NUL after byte {begin:,})")
+                yield text
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    """A text file as one document, or as several pieces of one."""
+    parts = pieces(_decoded(path))
+    part = next(parts, "")
+    if not part.strip():
+        raise InputError(f"{path}: empty, there is nothing to learn from")
+    for following in parts:
+        yield Document(str(path), part, ends=False)
+        part = following
+    yield Document(str(path), part)
+
+
+def _read_jsonl(path: Path, may_be_empty: bool) -> Iterator[Document]:
+    """The rows of a .jsonl file; blank lines and rows with an empty text are passed over."""
+    empty = not may_be_empty
+    for number, line in _numbered_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DamagedFileError(
+                f"{path} line {number}: not JSON ({error}); mend or remove this line"
+            ) from None
+        content = _row_content(row, f"{path} line {number}")
+        if content:
+            empty = False
+            yield Document(f"{path}#{number}", content)
+    if empty:
+        raise InputError(f"{path}: empty, there is nothing to learn from")
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    number, pending = 0, ""
+    for chunk in _decoded(path):
+        *lines, pending = (pending + chunk).split("\n")
+        for line in lines:
+            number += 1
+            if line.strip():
+                yield number, line
+        if len(pending) > LINE_LIMIT:
+            raise InputError(
+                f"{path} line {number + 1}: longer than {LINE_LIMIT:,} characters; split it, or use .txt"
+            )
+    if pending.strip():
+        yield number + 1, pending
+
+
+def _row_content(row: Any, where: str) -> str | Exchange | tuple[Message, ...]:
+    """What a row holds; InputError naming its keys if it is none of the three known kinds."""
+    keys = set(row) if isinstance(row, dict) else set()
+    if "messages" in keys:
+        return _messages(row["messages"], where)
+    wanted = ("prompt", "completion") if {"prompt", "completion"} <= keys else ("text",)
+    if not keys.issuperset(wanted):
+        has = f"keys {', '.join(map(repr, sorted(keys)))}" if keys else f"a {type(row).__name__}"
+        raise InputError(
+            f"{where}: `text`, `prompt` and `completion`, or `messages` are expected, this row has {has}"
+        )
+    for key in wanted:
+        if not isinstance(row[key], str):
+            raise InputError(f"{where}: `{key}` must be a string, it is a {type(row[key]).__name__}")
+    return Exchange(row["prompt"], row["completion"]) if len(wanted) == 2 else row["text"]
+
+
+def _messages(messages: Any, where: str) -> tuple[Message, ...]:
+    """Role and content of each message; other keys are of no use to a chat template of text."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: `messages` must be a list of at least one message")
+    for index, message in enumerate(messages):
+        fields = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise InputError(f"{where}: message {index + 1} needs `role` and `content`, both strings")
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def _read_pdf(path: Path) -> Iterator[Document]:
+    """The text of a PDF as one document, pages separated by a blank line."""
+    import pypdf
+
+    logging.getLogger("pypdf").setLevel(
+        logging.CRITICAL
+    )  # it logs what it mends; what it cannot mend is raised
+    try:
+        pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
+    except (pypdf.errors.FileNotDecryptedError, pypdf.errors.DependencyError):
+        raise InputError(f"{path}: encrypted; save a copy without a password first") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # on damaged files pypdf fails with whatever its parser runs into
+        reason = " ".join(str(error).split())
+        raise DamagedFileError(f"{path}: not a readable PDF ({type(error).__name__}: {reason})") from None
+    # Some fonts' tables give surrogates one by one: pairs are joined, what is left over becomes U+FFFD.
+    text = "\n\n".join(pages).replace("\0", "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if not text.strip():
+        raise InputError(f"{path}: no text on its {len(pages)} pages; if they are scanned, run OCR first")
+    yield Document(str(path), text)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is held out or kept as a whole: a document (by its index) or a block of one."""
+
+    document: int
+    text: str
+    tokens: int
+
+
+def split_holdout(
+    documents: list[Document], fraction: float, max_tokens: int, count: Callable[[str], int], seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Divide into (train, heldout), with about `fraction` of the tokens, at most `max_tokens`, held out.
+
+    Whole documents are held out where there are at least `FEW_DOCUMENTS`; of fewer, or where these are too
+    long to come near the size wanted, blocks of the plain texts: paragraphs, else lines, sentences, words.
+    The blocks of a document that fall on one side stay one document, in their order. Equal units fall on the
+    same side. `count` gives the tokens of a text. The choice depends on the units' text and the seed alone.
+    The training part is never empty; the held-out part is, if there is nothing that can be divided.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"--holdout {fraction}: must be at least 0 and less than 1")
+    whole = _joined(documents)
+    held: set[_Unit] = set()
+    units: list[_Unit] = []
+    for cut in _CUTS[1:] if len(whole) < FEW_DOCUMENTS else _CUTS:
+        units = [unit for index, document in enumerate(whole) for unit in _units(index, document, cut, count)]
+        wanted = min(max_tokens, fraction * sum(unit.tokens for unit in units))
+        held = _draw(units, wanted, max_tokens, seed)
+        if sum(unit.tokens for unit in units if unit in held) >= wanted / 2:
+            break
+    train = _gathered(whole, [unit for unit in units if unit not in held])
+    return train, _gathered(whole, [unit for unit in units if unit in held])
+
+
+def _joined(documents: list[Document]) -> list[Document]:
+    """The documents with the pieces of long texts put together again."""
+    whole: list[Document] = []
+    parts: list[str] = []
+    for document in documents:
+        if document.ends and not parts:
+            whole.append(document)
+            continue
+        parts.append(document.text)
+        if document.ends:
+            whole.append(Document(document.name, "".join(parts)))
+            parts = []
+    return whole
+
+
+def _units(
+    index: int, document: Document, cut: Callable[[str], list[str]], count: Callable[[str], int]
+) -> list[_Unit]:
+    """A plain text cut into blocks of at least `SMALLEST_BLOCK` tokens; anything else is one unit."""
+    parts = cut(document.text) if isinstance(document.content, str) else [document.text]
+    blocks: list[_Unit] = []
+    for part in parts:
+        if blocks and blocks[-1].tokens < SMALLEST_BLOCK:
+            blocks[-1] = _Unit(index, blocks[-1].text + part, blocks[-1].tokens + count(part))
+        else:
+            blocks.append(_Unit(index, part, count(part)))
+    if len(blocks) > 1 and blocks[-1].tokens < SMALLEST_BLOCK:
+        last = blocks.pop()
+        blocks[-1] = _Unit(index, blocks[-1].text + last.text, blocks[-1].tokens + last.tokens)
+    return blocks
+
+
+def _draw(units: list[_Unit], wanted: float, max_tokens: int, seed: int) -> set[_Unit]:
+    """Units of together at most `wanted` tokens, drawn in the order of a hash of seed and text.
+
+    Equal ones go together. Where not one is small enough, the smallest, if it leaves at least half to train
+    on.
+    """
+    alike: dict[str, list[_Unit]] = {}
+    for unit in units:
+        alike.setdefault(unit.text.strip(), []).append(unit)
+    sizes = {text: sum(unit.tokens for unit in group) for text, group in alike.items()}
+    room, chosen = wanted, []
+    for text in sorted(sizes, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest()):
+        if 0 < sizes[text] <= room:
+            chosen.append(text)
+            room -= sizes[text]
+    smallest = min(sizes, key=lambda text: sizes[text], default="")
+    if not chosen and wanted > 0 and sizes[smallest] <= min(max_tokens, sum(sizes.values()) / 2):
+        chosen = [smallest]
+    return {unit for text in chosen for unit in alike[text]}
+
+
+def _gathered(whole: list[Document], units: list[_Unit]) -> list[Document]:
+    """The documents that these units make up; the units of each are in their order."""
+    texts: dict[int, list[str]] = {}
+    for unit in units:
+        texts.setdefault(unit.document, []).append(unit.text)
+    return [
+        Document(whole[index].name, "".join(parts)) if isinstance(whole[index].content, str) else whole[index]
+        for index, parts in texts.items()
+    ]
+
+
+def _lines(text: str) -> list[str]:
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Runs of lines, each with the blank lines that follow it."""
+    blocks: list[list[str]] = []
+    previous = "\n"
+    for line in _lines(text):
+        if not blocks or (line.strip() and not previous.strip()):
+            blocks.append([])
+        blocks[-1].append(line)
+        previous = line
+    return ["".join(block) for block in blocks]
+
+
+_CUTS: list[Callable[[str], list[str]]] = [
+    lambda text: [text],
+    _paragraphs,
+    _lines,
+    lambda text: re.findall(r"(?s).+?(?:[.!?]\s+|[。！？]\s*|\Z)", text),
+    lambda text: re.findall(r"\S+\s*|\s+", text),
+    lambda text: re.findall(r"(?s).{1,64}", text),
+]
+"""Ways to cut a text, coarsest first: not at all, at blank lines, lines, sentences, words, anywhere."""

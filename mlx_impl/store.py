@@ -1,0 +1,318 @@
+"""What a model has learned, on disk: a SQLite commit log beside ordinary mlx-lm adapter folders.
+
+A lesson is written to a temporary folder, fsynced and renamed; then ONE transaction moves the domain's head. A crash
+leaves the old head or the new one, never a mixture, and what it leaves lying about is swept by the next writer.
+Versions are immutable and their files' hashes are checked when they are read. Imports no MLX: arrays are files here.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_impl import files
+from mlx_impl.errors import DamagedFileError, InputError
+
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE base (sha256 TEXT NOT NULL, tokenizer TEXT NOT NULL);
+CREATE TABLE versions (
+    id INTEGER PRIMARY KEY,
+    domain TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    parent INTEGER REFERENCES versions (id),
+    depth INTEGER NOT NULL,
+    source TEXT NOT NULL,
+    created TEXT NOT NULL,
+    config TEXT NOT NULL,
+    figures TEXT NOT NULL,
+    files TEXT NOT NULL,
+    UNIQUE (domain, number)
+);
+CREATE TABLE heads (domain TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES versions (id));
+CREATE TABLE heldout (
+    version INTEGER PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE,
+    ids BLOB NOT NULL,
+    trained BLOB,
+    documents INTEGER NOT NULL,
+    bytes INTEGER NOT NULL
+);
+"""
+_COLUMNS = "id, domain, number, parent, depth, source, created, config, figures, files"
+
+
+def check_domain(name: str) -> str:
+    """The name itself, if it can be a folder everywhere; InputError says what is allowed."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        raise InputError(
+            f"{name!r} cannot name a domain: up to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tokens kept from a lesson's text for measuring: ids (N,) int32, trained (N,) bool or None for all."""
+
+    ids: np.ndarray
+    trained: np.ndarray | None
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Version:
+    """One committed lesson. `depth` counts the lessons on the way to it; `number` names its folder for good."""
+
+    id: int
+    domain: str
+    number: int
+    parent: int | None
+    depth: int
+    source: str
+    created: str
+    config: dict[str, Any]
+    figures: dict[str, Any]
+    files: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Folder name, v0001 and so on."""
+        return f"v{self.number:04d}"
+
+
+class Store:
+    """The `learner` folder of a model. Reading needs no lock; writing happens inside `writing()`.
+
+    `base` and `tokenizer` are digests; a store that belongs to others is refused, because an adapter means nothing on
+    another base. A store that has no lesson yet leaves nothing on the disk.
+    """
+
+    def __init__(self, folder: Path, base: str, tokenizer: str) -> None:
+        self.folder = folder
+        self._base = (base, tokenizer)
+        if self._database.is_file():
+            with self._connected() as db:
+                self._check(db)
+
+    @property
+    def _database(self) -> Path:
+        return self.folder / "learner.sqlite"
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def domains(self) -> list[str]:
+        """Names of the domains that have a lesson, sorted."""
+        if not self._database.is_file():
+            return []
+        with self._connected() as db:
+            return [row[0] for row in db.execute("SELECT domain FROM heads ORDER BY domain")]
+
+    def head(self, domain: str) -> Version | None:
+        """The current version of a domain, None if it has none."""
+        check_domain(domain)
+        found = self._select("id = (SELECT version FROM heads WHERE domain = ?)", domain)
+        return found[0] if found else None
+
+    def require(self, domain: str) -> Version:
+        """The current version of a domain; InputError naming the domains there are if it has none."""
+        head = self.head(domain)
+        if head is None:
+            known = ", ".join(self.domains()) or "none yet; teach one with `minimac-mlx learn`"
+            raise InputError(f"no domain called {domain!r}; there are: {known}")
+        return head
+
+    def history(self, domain: str) -> list[Version]:
+        """The lessons that the domain's head stands on, first to last."""
+        chain: list[Version] = []
+        version = self.head(domain)
+        while version is not None:
+            chain.append(version)
+            parents = self._select("id = ?", version.parent) if version.parent is not None else []
+            version = parents[0] if parents else None
+        return chain[::-1]
+
+    def heldout(self, version: Version) -> HeldOut | None:
+        """What was held out of the lesson's text, None if nothing was."""
+        with self._connected() as db:
+            row = db.execute(
+                "SELECT ids, trained, documents, bytes FROM heldout WHERE version = ?", (version.id,)
+            ).fetchone()
+        if row is None:
+            return None
+        ids = np.frombuffer(row[0], "<i4").astype(np.int32)
+        trained = None if row[1] is None else np.frombuffer(row[1], np.uint8).astype(bool)
+        return HeldOut(ids, trained, row[2], row[3])
+
+    def files_of(self, version: Version) -> Path:
+        """The version's folder, after comparing its files' hashes; DamagedFileError names the one that differs."""
+        folder = self.folder / version.domain / version.name
+        for name, digest in version.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise DamagedFileError(f"{path}: missing; `minimac-mlx undo {version.domain}` goes back a version")
+            if files.sha256(path) != digest:
+                raise DamagedFileError(
+                    f"{path}: changed since it was learned; `minimac-mlx undo {version.domain}` goes back a version"
+                )
+        return folder
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the store's lock; sweeps what crashed writers left. LockedError names the pid that holds it.
+
+        Raises InputError where the folder cannot be written to.
+        """
+        existed = self.folder.is_dir()
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = files.locked(self.folder / "lock", str(self.folder))
+            lock.__enter__()
+        except PermissionError:
+            raise InputError(f"{self.folder} cannot be written to; keep lessons elsewhere with --store DIR") from None
+        try:
+            self._sweep()
+            yield
+        finally:
+            if not existed and not self._database.is_file():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            lock.__exit__(None, None, None)
+
+    def commit(
+        self,
+        domain: str,
+        parent: Version | None,
+        write: Callable[[Path], None],
+        *,
+        source: str,
+        config: dict[str, Any],
+        figures: dict[str, Any],
+        heldout: HeldOut | None,
+    ) -> Version:
+        """Make a version of the files that `write` puts into a folder, and the domain's head; call inside `writing`."""
+        check_domain(domain)
+        with self._connected(create=True) as db:
+            self._check(db)
+            highest = db.execute("SELECT max(number) FROM versions WHERE domain = ?", (domain,)).fetchone()[0]
+        number = (highest or 0) + 1
+        folder = self.folder / domain / f"v{number:04d}"
+        with files.atomic_folder(folder) as temporary:
+            write(temporary)
+            digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
+        files.fsync(self.folder)  # the domain's folder may be new
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = (domain, number, parent.id if parent else None, parent.depth + 1 if parent else 1, source, created)
+        documents = tuple(json.dumps(value, ensure_ascii=False) for value in (config, figures, digests))
+        with self._connected() as db, db:  # the second: one transaction
+            key = db.execute(
+                f"INSERT INTO versions ({_COLUMNS.removeprefix('id, ')}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row + documents
+            ).lastrowid
+            if heldout is not None:
+                trained = None if heldout.trained is None else heldout.trained.astype(np.uint8).tobytes()
+                kept = (key, heldout.ids.astype("<i4").tobytes(), trained, heldout.documents, heldout.bytes)
+                db.execute("INSERT INTO heldout VALUES (?, ?, ?, ?, ?)", kept)
+            db.execute("INSERT OR REPLACE INTO heads VALUES (?, ?)", (domain, key))
+        return self._select("id = ?", key)[0]
+
+    def undo(self, domain: str, to: int | None = None) -> Version | None:
+        """Move a domain's head back one lesson, or to version number `to`; returns the new head.
+
+        Undoing the first lesson removes the domain and its files and returns None. Call inside `writing`.
+        """
+        head = self.require(domain)
+        if to is None and head.parent is None:
+            self._erase(domain)
+            return None
+        if to is None:
+            target = self._select("id = ?", head.parent)
+        else:
+            target = self._select("domain = ? AND number = ?", domain, to)
+        if not target:
+            raise InputError(f"domain {domain} has no version {to}")
+        with self._connected() as db, db:
+            db.execute("UPDATE heads SET version = ? WHERE domain = ?", (target[0].id, domain))
+        return target[0]
+
+    def _erase(self, domain: str) -> None:
+        """Remove a domain's rows, then its folder; the rows' space in the database is overwritten."""
+        with self._connected() as db, db:
+            db.execute("DELETE FROM heads WHERE domain = ?", (domain,))
+            db.execute("DELETE FROM versions WHERE domain = ?", (domain,))
+        with self._connected() as db:
+            db.execute("VACUUM")
+        shutil.rmtree(self.folder / domain)
+        files.fsync(self.folder)
+
+    def _sweep(self) -> None:
+        """Remove temporary files and version folders that no row knows: what crashed writers left."""
+        known = {(v.domain, v.name) for v in self._select("1")}
+        files.sweep(self.folder)
+        for domain in [path for path in self.folder.iterdir() if path.is_dir()]:
+            files.sweep(domain)
+            for folder in domain.glob("v[0-9]*"):
+                if (domain.name, folder.name) not in known:
+                    shutil.rmtree(folder)
+            with contextlib.suppress(OSError):
+                domain.rmdir()  # only if nothing is left in it
+
+    # -- database --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _connected(self, create: bool = False) -> Iterator[sqlite3.Connection]:
+        new = not self._database.is_file()
+        if new and not create:
+            raise InputError(f"{self.folder}: nothing has been learned here yet")
+        try:
+            db = sqlite3.connect(self._database, timeout=10)
+            try:
+                db.execute("PRAGMA foreign_keys = ON")
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA secure_delete = ON")
+                if sys.platform == "darwin":
+                    db.execute("PRAGMA fullfsync = ON")
+                yield db
+            finally:
+                db.close()
+        except sqlite3.OperationalError as error:
+            if "disk is full" in str(error) or "locked" in str(error) or "readonly" in str(error):
+                raise OSError(f"{self._database}: {error}") from None
+            raise DamagedFileError(f"{self._database}: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise DamagedFileError(f"{self._database}: {error}; it is damaged or no database") from None
+
+    def _check(self, db: sqlite3.Connection) -> None:
+        """Create the tables of a new database; of an old one check version and base."""
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA:
+            raise InputError(f"{self._database}: written by a newer program (schema {version}, this one knows {SCHEMA})")
+        if version == 0:
+            db.execute("BEGIN IMMEDIATE")
+            for statement in _TABLES.split(";"):
+                db.execute(statement)
+            db.execute("INSERT INTO base VALUES (?, ?)", self._base)
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+            db.commit()
+        recorded = db.execute("SELECT sha256, tokenizer FROM base").fetchone()
+        for what, old, new in zip(("base model", "tokenizer"), recorded or ("nothing", "nothing"), self._base, strict=True):
+            if old != new:
+                raise InputError(
+                    f"{self.folder}: these lessons belong to another {what} (sha256 {old[:12]}, this one is {new[:12]})"
+                )
+
+    def _select(self, where: str, *values: Any) -> list[Version]:
+        if not self._database.is_file():
+            return []
+        with self._connected() as db:
+            rows = db.execute(f"SELECT {_COLUMNS} FROM versions WHERE {where} ORDER BY id", values).fetchall()
+        return [Version(*row[:7], *(json.loads(text) for text in row[7:])) for row in rows]
