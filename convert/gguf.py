@@ -106,9 +106,7 @@ class _Cursor:
         """The next `count` bytes, or DamagedFileError."""
         left = self.size - self.at
         if count > left:
-            raise DamagedFileError(
-                f"{self.path}: {what} needs {count:,} bytes at {self.at:,}, {left:,} are left"
-            )
+            raise DamagedFileError(f"{self.path}: {what} needs {count:,} bytes at {self.at:,}, {left:,} are left")
         self.at += count
         return self.file.read(count)
 
@@ -120,15 +118,11 @@ class _Cursor:
         """Length (u64), then UTF-8."""
         length = self.number("<Q", what)
         if length > MAX_STRING:
-            raise DamagedFileError(
-                f"{self.path}: {what} is {length:,} bytes long, at most {MAX_STRING:,} are read"
-            )
+            raise DamagedFileError(f"{self.path}: {what} is {length:,} bytes long, at most {MAX_STRING:,} are read")
         try:
             return self.take(length, what).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DamagedFileError(
-                f"{self.path}: {what} is no UTF-8 ({error.reason}, byte {error.start})"
-            ) from None
+            raise DamagedFileError(f"{self.path}: {what} is no UTF-8 ({error.reason}, byte {error.start})") from None
 
     def name(self, what: str) -> str:
         """A key or a tensor's name, which error messages will show."""
@@ -153,9 +147,7 @@ class _Cursor:
             raise DamagedFileError(f"{self.path}: {what} is an array of type {element}, which is not read")
         limit = min(MAX_ARRAY, (self.size - self.at) // 8)
         if count > limit:
-            raise DamagedFileError(
-                f"{self.path}: {what} counts {count:,} strings, at most {limit:,} can be here"
-            )
+            raise DamagedFileError(f"{self.path}: {what} counts {count:,} strings, at most {limit:,} can be here")
         return [self.string(what) for _ in range(count)]
 
 
@@ -166,9 +158,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]
         raise DamagedFileError(f"{path}: no GGUF file, it does not begin with 'GGUF'")
     version = cursor.number("<I", "the version")
     if version not in (2, 3):
-        raise DamagedFileError(
-            f"{path}: GGUF version {version}, only little-endian versions 2 and 3 are read"
-        )
+        raise DamagedFileError(f"{path}: GGUF version {version}, only little-endian versions 2 and 3 are read")
     tensor_count, entry_count = (
         cursor.number("<Q", "the tensor count"),
         cursor.number("<Q", "the entry count"),
@@ -199,22 +189,16 @@ def _table_entry(cursor: _Cursor, name: str) -> GGUFTensor:
     """One entry of the tensor table, its offset still relative to the data section."""
     dimensions = cursor.number("<I", name)
     if not 1 <= dimensions <= 4:
-        raise DamagedFileError(
-            f"{cursor.path}: tensor {name} has {dimensions:,} dimensions, 1 to 4 are possible"
-        )
+        raise DamagedFileError(f"{cursor.path}: tensor {name} has {dimensions:,} dimensions, 1 to 4 are possible")
     sizes = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions, name))  # fastest first
     kind, offset = cursor.number("<I", name), cursor.number("<Q", name)
     block, block_bytes = _block_of(kind, f"{cursor.path}: tensor {name}")
     if min(sizes) < 1 or sizes[0] % block:
-        raise DamagedFileError(
-            f"{cursor.path}: tensor {name} is {list(sizes)}, rows come in blocks of {block}"
-        )
+        raise DamagedFileError(f"{cursor.path}: tensor {name} is {list(sizes)}, rows come in blocks of {block}")
     return GGUFTensor(kind, tuple(reversed(sizes)), offset, math.prod(sizes) // block * block_bytes)
 
 
-def _placed(
-    cursor: _Cursor, table: dict[str, GGUFTensor], start: int, alignment: int
-) -> dict[str, GGUFTensor]:
+def _placed(cursor: _Cursor, table: dict[str, GGUFTensor], start: int, alignment: int) -> dict[str, GGUFTensor]:
     """Offsets made absolute; every tensor lies inside the file, aligned, and overlaps no other."""
     placed = {name: tensor._replace(offset=start + tensor.offset) for name, tensor in table.items()}
     end, before = start, "the header"
@@ -260,13 +244,9 @@ def _dequantise(path: Path, name: str, tensor: GGUFTensor) -> np.ndarray:
         file.seek(tensor.offset)
         raw = np.frombuffer(file.read(tensor.size), np.uint8)
     if raw.size != tensor.size:
-        raise DamagedFileError(
-            f"{path}: tensor {name}: {raw.size:,} of {tensor.size:,} bytes, the file has shrunk"
-        )
+        raise DamagedFileError(f"{path}: tensor {name}: {raw.size:,} of {tensor.size:,} bytes, the file has shrunk")
     with np.errstate(all="ignore"):  # damaged scales; looked at below, with the tensor's name
-        rows = gguf.dequantize(
-            raw.reshape(math.prod(tensor.shape[:-1]), -1), gguf.GGMLQuantizationType(tensor.type)
-        )
+        rows = gguf.dequantize(raw.reshape(math.prod(tensor.shape[:-1]), -1), gguf.GGMLQuantizationType(tensor.type))
     array = np.asarray(rows, np.float32).reshape(tensor.shape)
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
@@ -283,13 +263,9 @@ def _config(
     """The HF `config.json` that the metadata and the tensors' shapes amount to."""
     kind = (metadata.get("general.type", "model"), metadata.get("general.architecture"))
     if kind != ("model", "llama"):
-        raise InputError(
-            f"{path}: a {kind[0]!r:.60} of architecture {kind[1]!r:.60}; only models of 'llama' are read"
-        )
+        raise InputError(f"{path}: a {kind[0]!r:.60} of architecture {kind[1]!r:.60}; only models of 'llama' are read")
     if metadata.get("llama.expert_count"):
-        raise InputError(
-            f"{path}: a mixture of {metadata['llama.expert_count']!r:.60} experts, which is not supported"
-        )
+        raise InputError(f"{path}: a mixture of {metadata['llama.expert_count']!r:.60} experts, which is not supported")
     if "model.embed_tokens.weight" not in table:
         raise DamagedFileError(f"{path}: tensor token_embd.weight is missing")
     values = _Values(path, metadata)
@@ -297,9 +273,7 @@ def _config(
     head_dim = values.count("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if values.count(key, head_dim) != head_dim:
-            raise InputError(
-                f"{path}: llama.{key} is {values.count(key)}, only head_dim = {head_dim} is supported"
-            )
+            raise InputError(f"{path}: llama.{key} is {values.count(key)}, only head_dim = {head_dim} is supported")
     theta, context = values.real("rope.freq_base", 10000.0), values.count("context_length")
     return {
         "model_type": "llama",
@@ -337,39 +311,27 @@ class _Values(NamedTuple):
                 raise InputError(f"{self.path}: llama.{name} differs between layers, which is not supported")
             value = value[0].item()
         if type(value) is not int or not 1 <= value < 2**31:
-            raise DamagedFileError(
-                f"{self.path}: llama.{name} is {value!r:.60}, a positive whole number was expected"
-            )
+            raise DamagedFileError(f"{self.path}: llama.{name} is {value!r:.60}, a positive whole number was expected")
         return value
 
     def real(self, name: str, default: float | None = None) -> float:
         """A positive float32, as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
         value = self.metadata.get(f"llama.{name}", default)
         if type(value) is not float or not 0 < value < math.inf:
-            raise DamagedFileError(
-                f"{self.path}: llama.{name} is {value!r:.60}, a positive number was expected"
-            )
+            raise DamagedFileError(f"{self.path}: llama.{name} is {value!r:.60}, a positive number was expected")
         return float(str(np.float32(value)))
 
 
-def _rope_scaling(
-    values: _Values, factors: np.ndarray | None, theta: float, head_dim: int
-) -> dict[str, Any] | None:
+def _rope_scaling(values: _Values, factors: np.ndarray | None, theta: float, head_dim: int) -> dict[str, Any] | None:
     """HF's rope_scaling. GGUF keeps Llama 3's as one divisor per frequency, so its factor is the largest one.
 
     The other parameters are not in the file; those of all Llama 3 models are tried, and must fit.
     """
     path, kind = values.path, values.metadata.get("llama.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
-        raise InputError(
-            f"{path}: RoPE scaling {kind!r:.60} is not supported; none, linear and Llama 3's are"
-        )
+        raise InputError(f"{path}: RoPE scaling {kind!r:.60} is not supported; none, linear and Llama 3's are")
     if factors is None:
-        return (
-            {"rope_type": "linear", "factor": values.real("rope.scaling.factor")}
-            if kind == "linear"
-            else None
-        )
+        return {"rope_type": "linear", "factor": values.real("rope.scaling.factor")} if kind == "linear" else None
     factor = float(str(factors.max()))
     scaling = {
         "rope_type": "llama3",

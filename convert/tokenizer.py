@@ -2,8 +2,8 @@
 
 GGUF keeps tokens and merges, but of the pre-tokeniser only a name (`tokenizer.ggml.pre`) that llama.cpp
 knows; a name that is not in the table below is refused, because a wrong split gives plausible, wrong ids.
-Special tokens inside text stay plain text (`split_special_tokens`): what is taught must not end a document.
-Whoever renders a chat template with transformers passes `tokenizer_kwargs={"split_special_tokens": False}`.
+Where there is a chat template, whose markers other programs must recognise in rendered text, special tokens stay
+special for them; where there is none, they are plain text (`split_special_tokens`). Our own class needs neither.
 """
 
 import json
@@ -67,13 +67,14 @@ def tokenizer_files(metadata: dict[str, Any], context_length: int, where: str) -
         )
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
         **{f"{name}_token": token for name, token in special.items()},
     }
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
+    else:
+        config["split_special_tokens"] = True
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
@@ -84,9 +85,7 @@ def _pre_tokenizer(metadata: dict[str, Any], where: str) -> _Pre:
     model, name = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model != "gpt2":
         known = "a SentencePiece tokenizer" if model == "llama" else f"a tokenizer of kind {model!r:.60}"
-        raise InputError(
-            f"{where}: {known}, only byte-level BPE ('gpt2') is read; use the model's HF directory"
-        )
+        raise InputError(f"{where}: {known}, only byte-level BPE ('gpt2') is read; use the model's HF directory")
     if not isinstance(name, str) or name not in _PRE:
         raise InputError(f"{where}: pre-tokeniser {name!r:.60} is not known; known are {', '.join(_PRE)}")
     return _PRE[name]
@@ -114,15 +113,11 @@ def _build(pre: _Pre, tokens: list[str], merges: list[str], where: str) -> token
     """The tokenizer without its added tokens."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise DamagedFileError(
-            f"{where}: {len(tokens) - len(vocabulary):,} tokens appear twice in the vocabulary"
-        )
+        raise DamagedFileError(f"{where}: {len(tokens) - len(vocabulary):,} tokens appear twice in the vocabulary")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     wrong = [f"{a} {b}" for a, b in pairs if not (a and b and {a, b, a + b} <= vocabulary.keys())]
     if wrong:
-        raise DamagedFileError(
-            f"{where}: {len(wrong):,} merges name no tokens, the first is {wrong[0]!r:.60}"
-        )
+        raise DamagedFileError(f"{where}: {len(wrong):,} merges name no tokens, the first is {wrong[0]!r:.60}")
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.ignore_merges))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
     if pre.pattern is not None:

@@ -21,9 +21,7 @@ _loaded: str | None = None
 class _BeforeMLX(MetaPathFinder):
     """Loads the BLAS when MLX is about to be imported, so that a program which never does pays nothing."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Find nothing; the import goes on as usual."""
         if name == "mlx.core":
             sys.meta_path.remove(self)
@@ -61,7 +59,10 @@ def load_fast_blas() -> str | None:
 
 def _candidates() -> list[str]:
     """MKL where pip puts it (the environment's lib folder), then what the system's linker finds."""
-    folders = [Path(sys.prefix) / "lib", *(Path(p).parent.parent for p in sys.path if p.endswith("site-packages"))]
+    folders = [
+        Path(sys.prefix) / "lib",
+        *(Path(p).parent.parent for p in sys.path if p.endswith("site-packages")),
+    ]
     mkl = [str(path) for folder in folders for path in sorted(folder.glob("libmkl_rt.so*"))]
     system = [ctypes.util.find_library(name) for name in ("mkl_rt", "openblas")]
     return list(dict.fromkeys([*mkl, *(name for name in system if name)]))

@@ -14,15 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl import files, modeldir
+from mlx_impl.arrays import Tree, flatten, load, unflatten
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.tokenizer import Tokenizer
 
 STATE_VERSION = 1
-Tree = Any
 
 
 def begin(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -30,14 +29,18 @@ def begin(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     files.write_json(directory / modeldir.CONFIG, config.to_hf())
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
+    generation = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "do_sample": False,
+    }
     files.write_json(directory / "generation_config.json", generation)
 
 
 def publish(directory: Path, parameters: Tree, config: ModelConfig, training: Mapping[str, Any]) -> None:
     """Put weights (float32) and a summary of their training into a model directory, replacing earlier ones."""
     (directory / modeldir.MANIFEST).unlink(missing_ok=True)
-    arrays = ((name, np.array(array.astype(mx.float32))) for name, array in tree_flatten(parameters))
+    arrays = ((name, np.array(array.astype(mx.float32))) for name, array in flatten(parameters).items())
     with files.atomic_file(directory / modeldir.WEIGHTS) as temporary:
         modeldir.write_safetensors(temporary, modeldir.expected_shapes(config), arrays)
     modeldir.write_manifest(directory, training=training)
@@ -50,10 +53,11 @@ def save_state(folder: Path, step: int, parameters: Tree, optimizer_state: Tree,
     """
     target = folder / f"step-{step:08d}"
     with files.atomic_folder(target, replace=True) as temporary:
-        mx.save_safetensors(str(temporary / "parameters.safetensors"), dict(tree_flatten(parameters)))
-        mx.save_safetensors(str(temporary / "optimizer.safetensors"), dict(tree_flatten(optimizer_state)))
+        mx.save_safetensors(str(temporary / "parameters.safetensors"), flatten(parameters))
+        mx.save_safetensors(str(temporary / "optimizer.safetensors"), flatten(optimizer_state))
         digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
-        state = {"version": STATE_VERSION, "step": step, "random": mx.random.state[0].tolist(), "files": digests}
+        random = mx.random.state[0].tolist()  # type: ignore[index]
+        state = {"version": STATE_VERSION, "step": step, "random": random, "files": digests}
         files.write_json(temporary / "state.json", {**rest, **state})
     for path in folder.glob("step-*"):
         if path != target:
@@ -83,10 +87,7 @@ def read_state(state: Path) -> dict[str, Any]:
 
 def load_state(state: Path, rest: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Parameters and optimizer state; sets MLX's random state to the saved one."""
-    trees = [
-        tree_unflatten(list(mx.load(str(state / name)).items()))
-        for name in ("parameters.safetensors", "optimizer.safetensors")
-    ]
+    trees = [unflatten(load(state / name)) for name in ("parameters.safetensors", "optimizer.safetensors")]
     mx.eval(trees)
     high, low = rest["random"]
     mx.random.seed((int(high) << 32) | int(low))  # assigning to mx.random.state has no effect

@@ -12,6 +12,9 @@ from typing import Any
 
 from mlx_impl.errors import DamagedFileError, InputError
 
+LOSS_ON = ("all", "completion", "assistant")
+"""All text; the completion or last assistant turn; every assistant turn. Plain text always counts whole."""
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -76,14 +79,26 @@ class ModelConfig:
         """Refuse what cannot be built; all offenders in one message (InputError)."""
         wrong = [
             f"{name} = {getattr(self, name)!r} must be a whole number of at least 1"
-            for name in ("vocab_size", "d_model", "num_layers", "num_query_heads", "num_kv_heads", "d_ff", "max_seq_len")
+            for name in (
+                "vocab_size",
+                "d_model",
+                "num_layers",
+                "num_query_heads",
+                "num_kv_heads",
+                "d_ff",
+                "max_seq_len",
+            )
             if not _is_count(getattr(self, name))
         ]
         if not wrong and self.num_query_heads % self.num_kv_heads:
-            wrong.append(f"num_query_heads = {self.num_query_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+            wrong.append(
+                f"num_query_heads = {self.num_query_heads} is no multiple of num_kv_heads = {self.num_kv_heads}"
+            )
         if not wrong and self.head_dim is None:
             if self.d_model % self.num_query_heads:
-                wrong.append(f"d_model = {self.d_model} is no multiple of num_query_heads = {self.num_query_heads}; set head_dim")
+                wrong.append(
+                    f"d_model = {self.d_model} is no multiple of num_query_heads = {self.num_query_heads}; set head_dim"
+                )
             object.__setattr__(self, "head_dim", self.d_model // self.num_query_heads)
         if not wrong and (not _is_count(self.head_dim) or (self.head_dim or 0) % 2):
             wrong.append(f"head_dim = {self.head_dim!r} must be an even number, rotary embedding turns pairs")
@@ -117,7 +132,7 @@ class ModelConfig:
         return tables + self.num_layers * (attention + mlp + 2 * self.d_model) + self.d_model
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """`config.json` for transformers 4 and 5 and mlx-lm; dtype is the stored one, "float32", "float16", "bfloat16"."""
+        """`config.json` for transformers 4 and 5 and mlx-lm; `dtype` (float32, float16, bfloat16) is the stored one."""
         scaling = dict(self.rope_scaling) if self.rope_scaling else None
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -160,7 +175,9 @@ class ModelConfig:
         """
         code = [key for key in ("auto_map", "model_file") if config.get(key)]
         if code:
-            raise InputError(f"{where}: {', '.join(code)} names code to be run, which is never done; remove it if the model is a plain Llama")
+            raise InputError(
+                f"{where}: {', '.join(code)} names code to be run, which is never done; remove it from a plain Llama"
+            )
         if config.get("model_type") != "llama":
             raise InputError(f"{where}: model_type is {config.get('model_type')!r}, only 'llama' is read here")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -224,7 +241,10 @@ def _wrong_rope_scaling(scaling: dict[str, Any] | None) -> list[str]:
     if scaling is None:
         return []
     kind = scaling.get("rope_type")
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    needed = {
+        "linear": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+    }
     if kind not in needed:
         return [f"rope_scaling: rope_type {kind!r} is not supported; linear and llama3 are"]
     return [
@@ -262,6 +282,10 @@ class TrainConfig:
     eval_tokens: int = option(16384, "held-out tokens looked at, at most")
     save_every: int = option(100, "steps between resumable states")
     recompute: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    loss_on: str = option(
+        "all",
+        "what of a .jsonl chat is trained on: all, completion (the last answer) or assistant (every answer)",
+    )
     seed: int = option(0, "decides initial weights, shuffling and dropout")
 
     def __post_init__(self) -> None:
@@ -278,6 +302,8 @@ class TrainConfig:
         for name in ("warmup", "final_lr", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
+        if self.loss_on not in LOSS_ON:
+            wrong.append(f"loss_on = {self.loss_on!r} must be one of {', '.join(LOSS_ON)}")
         if self.steps is not None and self.minutes is not None:
             wrong.append("steps and minutes exclude each other")
         if wrong:
@@ -299,6 +325,10 @@ class ContinualLearningConfig:
     gradient_accumulation_steps: int = option(1, "microbatches a step")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm")
     weight_decay: float = option(0.0, "decoupled weight decay")
+    loss_on: str = option(
+        "all",
+        "what of a .jsonl chat is trained on: all, completion (the last answer) or assistant (every answer)",
+    )
     holdout: float = option(0.1, "share of the text kept for measuring, never trained on")
     seed: int = option(0, "decides the adapter's initial values, the held-out part and the order of the text")
     device: str = option("default", "cpu, gpu, or mps and default for what MLX chooses")
@@ -315,6 +345,8 @@ class ContinualLearningConfig:
         for name, end in (("lora_dropout", 1), ("holdout", 1), ("warmup", 1.0001), ("weight_decay", 1.0001)):
             if not 0 <= getattr(self, name) < end:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be at least 0 and below 1")
+        if self.loss_on not in LOSS_ON:
+            wrong.append(f"loss_on = {self.loss_on!r} must be one of {', '.join(LOSS_ON)}")
         if self.device not in ("default", "mps", "cpu", "gpu"):
             wrong.append(f"device = {self.device!r} must be default, mps, cpu or gpu")
         if wrong:

@@ -1,25 +1,21 @@
-"""Documents -> tokens -> packed windows -> batches.
+"""Documents -> one stream of tokens, each document closed by EOS.
 
-All documents form one stream of tokens, each closed by EOS, and windows are cut from it back to back: nothing
-is padded, and every token but the very first is a target exactly once. Which targets count in the loss
-travels as a mask beside the tokens. A stream lies in memory (`Tokens`) or in a memory-mapped folder
-(`TokenFile`) that may be larger than memory. Order depends on (seed, epoch) alone, so a cursor of a few
-numbers resumes at the exact window.
-
-Shapes: B rows, L targets per row; a row is L + 1 tokens, and mask[b, t] weighs the target tokens[b, t + 1].
+Which tokens count in the loss travels as a mask beside them. A stream lies in memory (`Tokens`) or in a
+memory-mapped folder (`TokenFile`) that may be larger than memory and is made once for the same inputs.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_impl.config import LOSS_ON
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.files import atomic_folder, read_json, sha256, write_json
 from mlx_impl.readers import (
@@ -36,13 +32,8 @@ from mlx_impl.readers import (
 
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
-Batch = tuple[NDArray[np.int32], NDArray[np.float32]]
-"""Tokens (B, L + 1) and mask (B, L)."""
 Progress = Callable[[int, int], None]
 """Told of bytes done and bytes in all."""
-
-LOSS_ON = ("all", "completion", "assistant")
-"""All text; the completion or last assistant turn; every assistant turn. Plain text always counts whole."""
 
 FORMAT_VERSION = 1
 
@@ -76,9 +67,7 @@ class TextTokenizer(Protocol):
 # Documents -> tokens
 
 
-def encode_document(
-    document: Document, tokenizer: TextTokenizer, loss_on: str = "all"
-) -> tuple[Ids, Flags | None]:
+def encode_document(document: Document, tokenizer: TextTokenizer, loss_on: str = "all") -> tuple[Ids, Flags | None]:
     """Ids (N,) of a document with its closing EOS, and which of them are trained on (N,), None for all.
 
     Raises InputError for an unknown `loss_on`, for a conversation without a chat template, and for a template
@@ -126,9 +115,7 @@ def _trained_turns(document: Document, loss_on: str) -> list[int]:
     return turns if loss_on == "assistant" else turns[-1:]
 
 
-def _encode_chat(
-    document: Document, tokenizer: TextTokenizer, loss_on: str
-) -> tuple[list[int], list[bool], bool]:
+def _encode_chat(document: Document, tokenizer: TextTokenizer, loss_on: str) -> tuple[list[int], list[bool], bool]:
     """Ids of a conversation, which are trained on, and whether the template closed the last turn with EOS.
 
     A turn is what rendering it adds to the conversation before it with the generation prompt, so its end
@@ -215,9 +202,7 @@ def tokens_of(documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: 
         trained.append(np.ones(len(more), bool) if flags is None else flags)
         n_documents += document.ends
         n_bytes += _trained_bytes(document, loss_on)
-    return Tokens(
-        np.concatenate(ids), None if loss_on == "all" else np.concatenate(trained), n_documents, n_bytes
-    )
+    return Tokens(np.concatenate(ids), None if loss_on == "all" else np.concatenate(trained), n_documents, n_bytes)
 
 
 @dataclass(frozen=True)
@@ -230,8 +215,8 @@ class TokenFile:
     """
 
     path: Path
-    ids: np.memmap
-    bits: np.memmap | None
+    ids: NDArray
+    bits: NDArray | None
     n_documents: int
     n_bytes: int
     digest: str
@@ -255,6 +240,11 @@ class TokenFile:
         bits = np.unpackbits(self.bits[start // 8 : -(-stop // 8)])
         return ids, bits[start - first : stop - first].astype(bool)
 
+    def head(self, count: int) -> "TokenFile":
+        """The stream's first `count` tokens, still mapped; documents and bytes are those of the whole."""
+        bits = None if self.bits is None else self.bits[: -(-count // 8)]
+        return replace(self, ids=self.ids[:count], bits=bits, digest=f"{self.digest}[:{count}]")
+
     @classmethod
     def open(cls, path: Path, reused: bool = False) -> "TokenFile":
         """Map a stream; DamagedFileError if a file is missing or its size is not what the header says."""
@@ -271,9 +261,7 @@ class TokenFile:
             counts = int(header["n_documents"]), int(header["n_bytes"])
             return cls(path, ids, bits, *counts, str(header["digest"]), reused)
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFileError(
-                f"{path / 'header.json'}: not the header of a token file ({error!r})"
-            ) from None
+            raise DamagedFileError(f"{path / 'header.json'}: not the header of a token file ({error!r})") from None
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.memmap:
@@ -281,9 +269,7 @@ def _mapped(path: Path, dtype: np.dtype, count: int) -> np.memmap:
     wanted = count * dtype.itemsize
     found = path.stat().st_size if path.is_file() else 0
     if found != wanted or not wanted:
-        raise DamagedFileError(
-            f"{path}: {found:,} bytes, the header says {wanted:,}; remove it and tokenize anew"
-        )
+        raise DamagedFileError(f"{path}: {found:,} bytes, the header says {wanted:,}; remove it and tokenize anew")
     return np.memmap(path, dtype, mode="r")
 
 
@@ -316,9 +302,7 @@ def tokenize_files(
         header = _write_stream(folder, documents, tokenizer, loss_on)
         if not header["n_tokens"]:
             raise nothing_to_read(paths)
-        changed = [
-            str(file.path) for file, state in zip(files, before, strict=True) if _state(file.path) != state
-        ]
+        changed = [str(file.path) for file, state in zip(files, before, strict=True) if _state(file.path) != state]
         if changed:
             raise InputError(f"{', '.join(changed)}: changed while being read; try again when it is written")
         write_json(
@@ -382,161 +366,3 @@ def _write_stream(
     if loss_on == "all":
         (folder / "mask.bin").unlink()
     return header | {"n_tokens": n_tokens, "n_documents": n_documents, "n_bytes": n_bytes}
-
-
-# Tokens -> windows -> batches
-
-
-def _gather(tokens: TokenFile | Tokens, rows: Sequence[tuple[int, int]], length: int) -> Batch:
-    """Windows of `length` targets; a row (done, last) ends at target `last` and counts those after `done`."""
-    ids = np.zeros((len(rows), length + 1), np.int32)  # (B, L + 1)
-    mask = np.zeros((len(rows), length), np.float32)  # (B, L)
-    for row, (done, last) in enumerate(rows):
-        start = last - length
-        ids[row], trained = tokens.span(start, last + 1)
-        mask[row] = trained[1:]
-        mask[row, : done - start] = 0
-    return ids, mask
-
-
-def _window_length(tokens: TokenFile | Tokens, seq_len: int) -> int:
-    """L: `seq_len`, or all targets there are if these are fewer; InputError if there is none."""
-    if seq_len < 1:
-        raise InputError(f"seq_len is {seq_len}, at least 1 is needed")
-    if len(tokens) < 2:
-        raise InputError(
-            f"the text has {len(tokens)} tokens, at least 2 are needed to predict one from another"
-        )
-    return min(seq_len, len(tokens) - 1)
-
-
-class Windows:
-    """The stream cut into windows of L = min(seq_len, N - 1) targets: tokens [i*L, i*L + L].
-
-    Each token but the first is a target in exactly one window. The last window is moved back to be full, and
-    what it repeats is masked out. Windows in which nothing counts are left out. InputError if nothing counts
-    at all.
-    """
-
-    def __init__(self, tokens: TokenFile | Tokens, seq_len: int) -> None:
-        """Find the windows; reads the mask once if there is one."""
-        self.tokens = tokens
-        self.seq_len = _window_length(tokens, seq_len)
-        self.n_targets = len(tokens) - 1
-        """Targets that count in the loss, over all windows."""
-        self._windows: range | NDArray[np.int64] = range(-(-self.n_targets // self.seq_len))
-        if tokens.masked:
-            counts = np.array([tokens.span(*self._targets(window))[1].sum() for window in self._windows])
-            self._windows = np.flatnonzero(counts)
-            self.n_targets = int(counts.sum())
-        if not self.n_targets:
-            raise InputError("no token of this text counts in the loss; train on all text")
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self._windows)
-
-    def _targets(self, window: int) -> tuple[int, int]:
-        """The tokens [first, stop) that window number `window` of the stream counts as targets."""
-        done = int(window) * self.seq_len
-        return done + 1, min(done + self.seq_len, len(self.tokens) - 1) + 1
-
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """Windows by index, 0 <= index < len(self): tokens (B, L + 1) int32 and mask (B, L) float32."""
-        spans = [self._targets(self._windows[index]) for index in indices]
-        return _gather(self.tokens, [(first - 1, stop - 1) for first, stop in spans], self.seq_len)
-
-
-class Batches:
-    """An endless iterator over batches of windows that goes on exactly where its cursor says.
-
-    Each epoch is a permutation of the windows drawn from (seed, epoch) alone; the last batch of an epoch is
-    filled from the start of the next, so that every batch has the same shape. With fewer windows than
-    `batch_size`, a batch has as many rows as there are windows: no window is twice in it for want of others.
-    """
-
-    def __init__(self, windows: Windows, batch_size: int, seed: int, shuffle: bool = True) -> None:
-        """Start before the first window of epoch 0; InputError for a batch size below 1."""
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}, at least 1 is needed")
-        self.windows = windows
-        self.rows = min(batch_size, len(windows))
-        """B, the rows of each batch."""
-        self.epoch = 0
-        self.position = 0
-        """Windows of this epoch that were handed out."""
-        self._seed, self._shuffle = seed, shuffle
-        self._data = {
-            "windows": len(windows),
-            "seq_len": windows.seq_len,
-            "seed": seed,
-            "shuffle": shuffle,
-            "tokens": windows.tokens.digest,
-        }
-        self._order = self._permutation(0)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Itself: there is one position."""
-        return self
-
-    def __next__(self) -> Batch:
-        """Tokens (B, L + 1) int32 and mask (B, L) float32."""
-        chosen = self._take(self.rows)
-        if len(chosen) < self.rows:
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._permutation(self.epoch)
-            chosen = np.concatenate([chosen, self._take(self.rows - len(chosen))])
-        return self.windows.batch(chosen)
-
-    @property
-    def cursor(self) -> dict[str, Any]:
-        """Where the next batch begins and in which data; JSON can hold it."""
-        return {"epoch": self.epoch, "position": self.position, **self._data}
-
-    def seek(self, cursor: dict[str, Any]) -> None:
-        """Go on from a cursor; InputError naming what differs if it belongs to other data or order."""
-        differs = [
-            f"{key} was {cursor.get(key)!r}, is {value!r}"
-            for key, value in self._data.items()
-            if cursor.get(key) != value
-        ]
-        if differs:
-            raise InputError(f"cannot resume in other data: {'; '.join(differs)}")
-        self.epoch, self.position = cursor["epoch"], cursor["position"]
-        self._order = self._permutation(self.epoch)
-
-    def _take(self, count: int) -> NDArray[np.int64]:
-        """The next `count` windows of this epoch, or what is left of it."""
-        chosen = self._order[self.position : self.position + count]
-        self.position += len(chosen)
-        return chosen
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """Order of the windows in an epoch.
-
-        Sorted raw Philox words: numpy keeps those the same in all versions, `Generator.permutation` it does
-        not, and a run that is resumed after an upgrade must go on in the same order.
-        """
-        if not self._shuffle:
-            return np.arange(len(self.windows))
-        key = np.array([self._seed % 2**64, epoch], np.uint64)
-        return np.random.Philox(key=key).random_raw(len(self.windows)).argsort(kind="stable")
-
-
-def evaluation_windows(
-    tokens: TokenFile | Tokens, seq_len: int, stride: int, batch_size: int = 1
-) -> Iterator[Batch]:
-    """Overlapping windows in order, in which each token but the first counts exactly once.
-
-    The first window counts all of its L = min(seq_len, N - 1) targets; each later one moves on by `stride`
-    and counts its last `stride`, which thus have at least L - stride tokens before them. The last is moved
-    back to be full. Yields tokens (B, L + 1) and mask (B, L), B = `batch_size` but for the last. Raises
-    InputError for a stride that is not in [1, seq_len] and for fewer than 2 tokens.
-    """
-    if not 1 <= stride <= seq_len:
-        raise InputError(f"stride is {stride}, it must lie between 1 and seq_len = {seq_len}")
-    length, end = _window_length(tokens, seq_len), len(tokens) - 1
-    firsts = range(length, end, stride)
-    rows = [(0, length), *((done, min(done + stride, end)) for done in firsts)]
-    for first in range(0, len(rows), batch_size):
-        yield _gather(tokens, rows[first : first + batch_size], length)

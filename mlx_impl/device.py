@@ -17,7 +17,17 @@ import mlx.core as mx
 from mlx_impl import blas
 from mlx_impl.errors import InputError
 
-PACKAGES = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "transformers", "torch", "safetensors", "gguf")
+PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+    "transformers",
+    "torch",
+    "safetensors",
+    "gguf",
+)
 
 
 def use_device(name: str) -> None:
@@ -110,7 +120,9 @@ def advice() -> list[str]:
     elif sys.platform == "darwin" and platform.machine() != "arm64":
         lines.append("this is an Intel Mac: MLX needs Apple Silicon")
     if sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu and blas.is_slow():
-        lines.append("no fast BLAS was found, so everything is many times slower: pip install mkl, or apt install libopenblas0")
+        lines.append(
+            "no fast BLAS was found, so everything is many times slower: pip install mkl, or apt install libopenblas0"
+        )
     if memory_bytes() < 8 * 2**30:
         lines.append("less than 8 GB of memory: keep to small models and --batch-size 1")
     return lines

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_impl.data import Batch
 from mlx_impl.loss import cross_entropy
+from mlx_impl.windows import Batch
 
 Logits = Callable[[mx.array], mx.array]
 
@@ -77,8 +77,8 @@ def evaluate(
         nats = (cross_entropy(logits, targets) * weight).sum()
         correct = ((mx.argmax(logits, axis=-1) == targets) * weight).sum()
         mx.eval(nats, correct)
-        result.nats += nats.item()
-        result.correct += int(correct.item())
+        result.nats += float(nats.item())  # type: ignore[arg-type]
+        result.correct += int(correct.item())  # type: ignore[arg-type]
         result.tokens += int(mask.sum())
         if seconds is not None and time.perf_counter() - started > seconds:
             break

@@ -37,7 +37,12 @@ class Sampling:
                 ("top_k", self.top_k, "0 (off) and up", self.top_k >= 0),
                 ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
                 ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
-                ("repetition_penalty", self.repetition_penalty, "[0.01, 100]", 0.01 <= self.repetition_penalty <= 100),
+                (
+                    "repetition_penalty",
+                    self.repetition_penalty,
+                    "[0.01, 100]",
+                    0.01 <= self.repetition_penalty <= 100,
+                ),
                 ("seed", self.seed, "[0, 2**32)", 0 <= self.seed < 2**32),
             )
             if not fine
@@ -48,10 +53,11 @@ class Sampling:
 
 def penalized(logits: mx.array, seen: Sequence[int], penalty: float) -> mx.array:
     """Logits (V,) with those of tokens already there made less likely (Keskar et al. 2019, CTRL, section 4.1)."""
-    if penalty == 1.0 or not seen:
+    ids = sorted({token for token in seen if token < logits.size})  # MLX writes wherever an index points
+    if penalty == 1.0 or not ids:
         return logits
     there = mx.zeros(logits.shape, mx.bool_)
-    there[mx.array(sorted(set(seen)))] = True
+    there[mx.array(ids)] = True
     weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
     return mx.where(there, weaker, logits)
 
@@ -94,7 +100,11 @@ def sample(logits: mx.array, sampling: Sampling, seen: Sequence[int], position: 
 
 
 def naive(
-    model: BaseModel, prompt: Sequence[int], max_tokens: int, sampling: Sampling, vocab_size: int | None = None
+    model: BaseModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """The slow, obvious decoder: the whole text again for each token. Endless but for max_tokens."""
     seen = list(prompt)
@@ -190,6 +200,9 @@ def complete(
         if start is None:
             raise InputError("the prompt is empty and the tokenizer has no token to start from")
         ids = [start]
+    wrong = sorted({id for id in ids if not 0 <= id < model.vocab_size})  # MLX would read past the table's end
+    if wrong:
+        raise InputError(f"prompt ids {wrong[:5]} are outside the model's 0 to {model.vocab_size - 1}")
     if any(not text for text in stop):
         raise InputError("a stop string must not be empty")
     result = Completion(prompt_tokens=len(ids))
@@ -214,6 +227,7 @@ class _Text:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
         self.stream = tokenizer.stream()
         self.stop = list(stop)
+        self.stopped = False
         self.on_text = on_text
         self.held = ""
         self.sent: list[str] = []
@@ -224,7 +238,7 @@ class _Text:
 
     def finish(self) -> str:
         """Send what is held back; returns the whole text."""
-        if self.stop is not None:
+        if not self.stopped:
             self._take(self.stream.finish(), last=True)
         return "".join(self.sent)
 
@@ -233,7 +247,7 @@ class _Text:
         found = min((at for at in (self.held.find(s) for s in self.stop) if at >= 0), default=-1)
         if found >= 0:
             self._send(self.held[:found])
-            self.held, self.stop = "", None
+            self.held, self.stopped = "", True
             return True
         keep = 0 if last else max((_overlap(self.held, s) for s in self.stop), default=0)
         self._send(self.held[: len(self.held) - keep])

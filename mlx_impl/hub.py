@@ -5,13 +5,12 @@ exclude each other, so that one may sweep away what a killed one left.
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_impl import files
-from mlx_impl.errors import InputError, LockedError
+from mlx_impl.errors import InputError
 
 
 def default_model(home: Path | None = None) -> Path:
@@ -26,9 +25,7 @@ def default_model(home: Path | None = None) -> Path:
     model = Path(named or record.read_text(encoding="utf-8").strip()).expanduser()
     if not model.is_dir():
         where = "MINIMAC_MODEL" if named else str(record)
-        raise InputError(
-            f"{model}: no such folder ({where} names it); run `minimac-mlx pull`, or use --model"
-        )
+        raise InputError(f"{model}: no such folder ({where} names it); run `minimac-mlx pull`, or use --model")
     return model
 
 
@@ -41,16 +38,6 @@ def set_default(model: Path, home: Path | None = None) -> None:
 def writing(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock`, sweep what a crashed writer left. LockedError names the pid that holds it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise LockedError(
-                f"{folder}: process {lock.read().strip()} is pulling a model; wait for it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with files.locked(folder / ".lock", str(folder)):
         files.sweep(folder)
         yield

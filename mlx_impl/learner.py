@@ -7,7 +7,6 @@ random in a lesson is a function of the seed, the domain and the number of lesso
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,16 +15,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_impl import data, evaluate, generate, lora, modeldir
+from mlx_impl import data, generate, lora
+from mlx_impl.adapters import read_adapter, write_adapter
 from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
-from mlx_impl.errors import DamagedFileError, InputError, NonFiniteLossError
-from mlx_impl.loss import loss_of
+from mlx_impl.errors import InputError
+from mlx_impl.evaluate import Evaluation, evaluate
+from mlx_impl.holdout import split_holdout
 from mlx_impl.model import ContinualLLM
-from mlx_impl.optim import AdamW, Stepper, warmup_cosine
-from mlx_impl.readers import Document, split_holdout, text_document
-from mlx_impl.store import HeldOut, Store, Version, check_domain
+from mlx_impl.readers import Document, text_document
+from mlx_impl.session import Budget, Session
+from mlx_impl.store import HeldOut, Store, Version, check_domain, open_store
 from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.windows import Batch, evaluation_windows
 
 HELD_OUT_FROM = 2000
 """Tokens from which a lesson holds a part out; a smaller one is measured on its own text and says so."""
@@ -34,24 +36,7 @@ HELD_OUT_AT_MOST = 4096
 MEASURING_SHARE = 0.1
 """Share of the time that one of the two evaluations may take; both leave over three quarters to the steps."""
 
-STEPS_WANTED = 16
-"""Steps that a short budget should still hold: the batch shrinks to get there."""
-
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a lesson ends: after `steps`, or after `epochs` of the text or `seconds` of wall time, whichever is first."""
-
-    seconds: float = 60.0
-    epochs: float = 1.0
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"--{name} {value} must be a positive number")
 
 
 @dataclass
@@ -79,7 +64,11 @@ class Lesson:
         """What `learn --json` prints."""
         record = asdict(self)
         before, after = record.pop("before"), record.pop("after")
-        record[record.pop("measured")] = {"before": before, "after": after, "tokens": record.pop("measured_tokens")}
+        record[record.pop("measured")] = {
+            "before": before,
+            "after": after,
+            "tokens": record.pop("measured_tokens"),
+        }
         return {**record, "tokens_per_second": self.trained_tokens / self.training_seconds}
 
 
@@ -121,8 +110,7 @@ class ContinualLearner:
         use_device(config.device)
         model = ContinualLLM.from_checkpoint(directory, compute_dtype())
         tokenizer = Tokenizer.load(directory)
-        folder = Path(store) if store else directory / "learner"
-        return cls(model, config, tokenizer, Store(folder, modeldir.identity(directory), tokenizer.digest))
+        return cls(model, config, tokenizer, open_store(directory, Path(store) if store else None))
 
     # -- domains -------------------------------------------------------------------------------------------------
 
@@ -136,6 +124,13 @@ class ContinualLearner:
             lora.attach_arrays(self.model, arrays, scale, self.config.lora_dropout)
             self.model.train(False)
         self.adapter = domain
+
+    def choose(self, domain: str | None = None) -> str | None:
+        """Attach what a person means: a domain by name, "none" for the bare base, None for main if it has lessons."""
+        if domain is None:
+            domain = "main" if "main" in self._store.domains() else "none"
+        self.set_adapter(None if domain == "none" else domain)
+        return self.adapter
 
     def undo(self, domain: str = "main", to: int | None = None) -> Version | None:
         """Take the last lesson of a domain back, or go to version `to`; of a first lesson, remove the domain."""
@@ -186,7 +181,12 @@ class ContinualLearner:
             raise
 
     def _lesson(
-        self, documents: Sequence[Document], domain: str, source: str, budget: Budget, report: Callable[[Event], None]
+        self,
+        documents: Sequence[Document],
+        domain: str,
+        source: str,
+        budget: Budget,
+        report: Callable[[Event], None],
     ) -> Lesson:
         started = time.perf_counter()
         train, heldout = self._split(list(documents))
@@ -199,14 +199,14 @@ class ContinualLearner:
 
         clock = time.perf_counter()
         allowed = MEASURING_SHARE * budget.seconds
-        first = evaluate.evaluate(self.model, self._windows(probe), seconds=allowed)
+        first = evaluate(self.model, self._windows(probe), seconds=allowed)
         forward = first.tokens / (time.perf_counter() - clock)
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        session = _Session(self.model, self.config, train, seed % 2**32, budget, started, forward, allowed)
+        session = Session(self.model, self.config, train, seed % 2**32, budget, started, forward, allowed)
         session.run(report)
 
-        after = evaluate.evaluate(self.model, self._windows(probe, first.tokens))
+        after = evaluate(self.model, self._windows(probe, first.tokens))
         report({"event": "measured", "when": "after", "loss": after.loss, "tokens": after.tokens})
         arrays = lora.adapter_arrays(self.model)
         lesson = Lesson(
@@ -244,22 +244,25 @@ class ContinualLearner:
 
     def _split(self, documents: list[Document]) -> tuple[data.Tokens, data.Tokens | None]:
         """Training and held-out tokens; the latter None where the text is too short or nothing is to be held out."""
-        everything = data.tokens_of(documents, self.tokenizer)
+        loss_on = self.config.loss_on
+        everything = data.tokens_of(documents, self.tokenizer, loss_on)
         if len(everything) < 2:
-            raise InputError(f"the text has {len(everything)} tokens, at least 2 are needed: there is nothing to predict")
+            raise InputError(
+                f"the text has {len(everything)} tokens, at least 2 are needed: there is nothing to predict"
+            )
         if self.config.holdout == 0 or len(everything) < HELD_OUT_FROM:
             return everything, None
         count = lambda text: len(self.tokenizer.encode(text))  # noqa: E731
         train, held = split_holdout(documents, self.config.holdout, HELD_OUT_AT_MOST, count, self.config.seed)
-        kept = data.tokens_of(held, self.tokenizer)
+        kept = data.tokens_of(held, self.tokenizer, loss_on)
         if len(kept) < 2:
             return everything, None
-        return data.tokens_of(train, self.tokenizer), kept
+        return data.tokens_of(train, self.tokenizer, loss_on), kept
 
-    def _windows(self, tokens: data.Tokens, at_most: int = HELD_OUT_AT_MOST) -> Iterator[data.Batch]:
+    def _windows(self, tokens: data.Tokens, at_most: int = HELD_OUT_AT_MOST) -> Iterator[Batch]:
         """Evaluation windows that count `at_most` tokens or, to end on a window, a few more."""
         counted = 0
-        for rows, mask in data.evaluation_windows(tokens, self.config.seq_len, self.config.seq_len):
+        for rows, mask in evaluation_windows(tokens, self.config.seq_len, self.config.seq_len):
             if counted >= at_most:
                 return
             counted += int(mask.sum())
@@ -289,128 +292,20 @@ class ContinualLearner:
 
     # -- using ---------------------------------------------------------------------------------------------------
 
+    def evaluate(self, documents: Sequence[Document], context: int = 512) -> Evaluation:
+        """Measure documents under the attached domain, each token with at least half of `context` before it."""
+        tokens = data.tokens_of(documents, self.tokenizer)
+        windows = evaluation_windows(tokens, context, max(1, context // 2))
+        unseen = len(self.tokenizer.token_bytes(int(tokens.ids[0]))) if len(tokens) else 0  # is never a target
+        return evaluate(self.model, windows, tokens.n_bytes - unseen)
+
     def generate(self, prompt: str, max_length: int = 100, **sampling: Any) -> str:
         """The text that follows `prompt` under the attached domain; `sampling` as in `generate.Sampling`."""
         settings = generate.Sampling(**sampling)
         return generate.complete(self.model, self.tokenizer, prompt, max_length, settings).text
 
 
-class _Session:
-    """The steps of one lesson within its budget."""
-
-    def __init__(
-        self,
-        model: ContinualLLM,
-        config: ContinualLearningConfig,
-        train: data.Tokens,
-        seed: int,
-        budget: Budget,
-        started: float,
-        forward: float,
-        reserve: float,
-    ) -> None:
-        self.model, self.config, self.budget = model, config, budget
-        windows = data.Windows(train, config.seq_len)
-        self.deadline = started + budget.seconds - reserve  # `reserve` is what the second measurement takes
-        speed = forward / 3  # a forward and a backward pass; the first steps will tell better
-        per_row = windows.seq_len * config.gradient_accumulation_steps
-        affordable = (self.deadline - time.perf_counter()) * speed / per_row  # rows
-        enough = min(budget.epochs * len(windows), affordable) / STEPS_WANTED
-        self.rows = max(1, min(config.batch_size, int(enough)))
-        if budget.steps is not None:
-            self.rows = config.batch_size
-        self.batches = data.Batches(windows, self.rows, seed)
-        self.rows = self.batches.rows
-        self.planned = budget.steps or max(
-            1, math.ceil(budget.epochs * len(windows) / (self.rows * config.gradient_accumulation_steps))
-        )
-        self.total = self.planned
-        if budget.steps is None:
-            self.total = max(1, min(self.planned, int(affordable / self.rows)))
-        mx.random.seed(seed)
-        optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
-        compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
-        self.stepper = Stepper(model.trainable_parameters(), optimizer, loss_of(model), config.max_grad_norm, compiled)
-        self.step = self.tokens = 0
-        self.seconds = 0.0
-
-    @property
-    def complete(self) -> bool:
-        """Whether all that was asked for was done, and not only what the time allowed."""
-        return self.step >= self.planned
-
-    def run(self, report: Callable[[Event], None]) -> None:
-        """Take the steps; the model ends with the trained adapter. Raises NonFiniteLossError."""
-        self.model.train()
-        started = time.perf_counter()
-        try:
-            while self.step < self.total:
-                self._one(report)
-                if self.budget.steps is None and not self._time_left(started):
-                    break
-        finally:
-            self.model.update(self.stepper.parameters)
-            self.model.train(False)
-        mx.eval(self.model.trainable_parameters())
-        self.seconds = time.perf_counter() - started
-
-    def _one(self, report: Callable[[Event], None]) -> None:
-        count = range(self.config.gradient_accumulation_steps)
-        batch = [next(self.batches) for _ in count]
-        warmup = max(1, round(self.config.warmup * self.total))
-        rate = warmup_cosine(self.step, self.total, warmup, self.config.learning_rate)
-        result = self.stepper.step([(mx.array(t), mx.array(m)) for t, m in batch], rate)
-        loss, norm = result.loss_sum.item() / max(1.0, result.tokens.item()), result.grad_norm.item()
-        self.step += 1
-        self.tokens += sum(m.size for _, m in batch)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteLossError(f"step {self.step}: the loss became {loss}; nothing was kept, try a lower --lr")
-        report({"event": "step", "step": self.step, "steps": self.total, "loss": loss, "lr": rate, "tokens": self.tokens})
-
-    def _time_left(self, started: float) -> bool:
-        """Whether another step fits; brings the plan, and with it the schedule, in line with the speed so far."""
-        now = time.perf_counter()
-        per_step = (now - started) / self.step
-        self.total = min(self.planned, self.step + int((self.deadline - now) / per_step))
-        return self.step < self.total
-
-
 def _seed(seed: int, domain: str, depth: int) -> int:
     """63 bits that depend on nothing but these three."""
     digest = hashlib.sha256(json.dumps([seed, domain, depth]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-# -- adapter folders -------------------------------------------------------------------------------------------------
-
-
-def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, model: ContinualLLM) -> None:
-    """An mlx-lm adapter: `adapters.safetensors` (float32) and `adapter_config.json`."""
-    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays, {"format": "mlx"})
-    keys = sorted({path.split(".", 3)[3].rpartition(".")[0] for path in arrays})
-    config = {
-        "fine_tune_type": "lora",
-        "num_layers": len(model.layers),
-        "lora_parameters": {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": keys},
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter(folder: Path) -> tuple[lora.Arrays, float]:
-    """Arrays and scale of an mlx-lm adapter folder; DamagedFileError for what cannot be one."""
-    from mlx_impl.files import read_json
-
-    where = folder / "adapter_config.json"
-    config = read_json(where)
-    parameters = config.get("lora_parameters")
-    if config.get("fine_tune_type", "lora") != "lora" or not isinstance(parameters, dict):
-        raise DamagedFileError(f"{where}: not a LoRA adapter (fine_tune_type {config.get('fine_tune_type')!r})")
-    scale = parameters.get("scale")
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise DamagedFileError(f"{where}: scale is {scale!r}, a number was expected")
-    path = folder / "adapters.safetensors"
-    modeldir.validate_safetensors(path)
-    arrays = mx.load(str(path))
-    assert isinstance(arrays, dict)
-    mx.eval(arrays)
-    return arrays, float(scale)

@@ -12,13 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_impl.arrays import Arrays, flatten
 from mlx_impl.base import BaseModel, linear_paths
 from mlx_impl.config import LORA_TARGETS
 from mlx_impl.errors import DamagedFileError, InputError
-
-Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,9 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """y = linear(x) + scale * (dropout(x) @ lora_a) @ lora_b. Zero lora_b makes it the linear layer itself."""
 
-    def __init__(self, linear: nn.Linear, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, linear: nn.Linear, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.lora_a = lora_a  # (in, r)
@@ -86,7 +87,7 @@ def attach(model: BaseModel, config: LoRAConfig, key: mx.array) -> list[str]:
     """
     detach(model)
     paths = linear_paths(model, config.targets)
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     keys = mx.random.split(key, len(paths))
     swapped = [(p, LoRALinear.from_base(modules[p], config, k)) for p, k in zip(paths, keys, strict=True)]
     _swap(model, swapped)
@@ -99,7 +100,7 @@ def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float
     Raises DamagedFileError listing every array that fits no layer, has no partner or has the wrong shape.
     """
     detach(model)
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
     wrong = [problem for path in paths for problem in _misfits(path, modules.get(path), arrays)]
     if wrong or not paths:
@@ -164,4 +165,4 @@ def _misfits(path: str, module: Any, arrays: Mapping[str, mx.array]) -> list[str
 
 def trainable_arrays(model: BaseModel) -> Arrays:
     """The weights that training would change, as a flat mapping."""
-    return dict(tree_flatten(model.trainable_parameters()))
+    return flatten(model.trainable_parameters())

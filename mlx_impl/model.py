@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl import modeldir
+from mlx_impl.arrays import flatten, load, unflatten
 from mlx_impl.cache import Cache, KVCache, Mask, RotatingKVCache
 from mlx_impl.config import ModelConfig
 from mlx_impl.files import read_json
@@ -157,18 +158,16 @@ class ContinualLLM(nn.Module):
         """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016)."""
         self._checkpointing = on
 
-    def hidden(
-        self, tokens: mx.array, cache: Sequence[Cache] | None = None, mask: mx.array | None = None
-    ) -> mx.array:
+    def hidden(self, tokens: mx.array, cache: Sequence[Cache] | None = None, mask: mx.array | None = None) -> mx.array:
         """Final hidden states of tokens (B, T): (B, T, D). `mask` (T, T) replaces the causal one."""
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        if mask is None:
-            mask = cache[0].mask(tokens.shape[1]) if cache else KVCache().mask(tokens.shape[1])
+        causal = (cache[0] if cache else KVCache()).mask(tokens.shape[1])
+        sees = causal if mask is None else mask
         for index, layer in enumerate(self.model.layers):
             if self._checkpointing and cache is None:
-                x = _recomputed(layer, x, mask)
+                x = _recomputed(layer, x, sees)
             else:
-                x = layer(x, mask, cache[index] if cache else None)
+                x = layer(x, sees, cache[index] if cache else None)
         return self.model.norm(x)
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -199,8 +198,10 @@ class ContinualLLM(nn.Module):
         files = modeldir.checked_weights(directory, config)
         model = cls(config)  # its random weights are lazy and never computed
         wanted = modeldir.expected_shapes(config)
-        loaded = [(k, v.astype(dtype)) for file in files for k, v in mx.load(str(file)).items() if k in wanted]
-        model.load_weights(loaded)
+        arrays: dict[str, mx.array] = {}
+        for file in files:
+            arrays.update(load(file))
+        model.load_weights([(name, array.astype(dtype)) for name, array in arrays.items() if name in wanted])
         mx.eval(model.parameters())
         return model
 
@@ -226,9 +227,7 @@ def _recomputed(layer: Block, x: mx.array, mask: Mask) -> mx.array:
 
 def _initial(tree: dict, config: ModelConfig, key: mx.array) -> Any:
     """Random weights for a parameter tree, drawn in the order of their names."""
-    from mlx.utils import tree_flatten, tree_unflatten
-
-    flat = sorted(tree_flatten(tree))
+    flat = sorted(flatten(tree).items())
     keys = mx.random.split(key, len(flat))
     residual = 0.02 / math.sqrt(2 * config.num_layers)
     drawn = []
@@ -240,5 +239,4 @@ def _initial(tree: dict, config: ModelConfig, key: mx.array) -> Any:
         else:
             std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             drawn.append((name, mx.random.normal(array.shape, scale=std, key=subkey)))
-    return tree_unflatten(drawn)
-
+    return unflatten(dict(drawn))

@@ -145,9 +145,7 @@ def _is_ignored(name: str) -> bool:
     return name == "lm_head.weight" or is_dropped(name, "hf")
 
 
-def check_shapes(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise DamagedFileError naming all missing, unknown and wrongly shaped tensors, if there are any."""
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
@@ -218,9 +216,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(code, str) or code not in _DTYPES:
-        raise DamagedFileError(
-            f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(_DTYPES)} are read"
-        )
+        raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(_DTYPES)} are read")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise DamagedFileError(
             f"{path}: tensor {name}: shape {shape!r:.60} and data_offsets {offsets!r:.60} make no sense"
@@ -228,9 +224,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
     start, stop = data_start + offsets[0], data_start + offsets[1]
     wanted = math.prod(shape) * _STORED[_DTYPES[code]].itemsize
     if stop - start != wanted:
-        raise DamagedFileError(
-            f"{path}: tensor {name}: {stop - start:,} bytes, {code} {shape!r:.60} has {wanted:,}"
-        )
+        raise DamagedFileError(f"{path}: tensor {name}: {stop - start:,} bytes, {code} {shape!r:.60} has {wanted:,}")
     if stop > size:
         raise DamagedFileError(f"{path}: tensor {name} ends at byte {stop:,}, the file at {size:,}: cut off?")
     return TensorInfo(path, _DTYPES[code], tuple(shape), start, stop)
@@ -242,10 +236,12 @@ def _counts(value: Any) -> bool:
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` that refuses a key given twice, where json would keep the last one."""
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.60} appears twice")
-    return dict(pairs)
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"key {key!r:.60} appears twice")
+        seen[key] = value
+    return seen
 
 
 def _is_plain_name(name: str) -> bool:
@@ -356,7 +352,7 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DamagedFileError(
-            f"{path}: format_version {manifest.get('format_version')!r:.60}, this program reads {FORMAT_VERSION}"
+            f"{path}: format_version {manifest.get('format_version')!r:.60}, this program: {FORMAT_VERSION}"
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_plain_name(name) for name in files):

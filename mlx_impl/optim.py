@@ -8,13 +8,13 @@ the number of tokens once, at the end, so that accumulation over unequal batches
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
-Tree = Any
+from mlx_impl.arrays import Tree, flatten
+
 Loss = Callable[[Tree, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
@@ -25,7 +25,11 @@ class AdamW(mlx.optimizers.AdamW):
     """
 
     def __init__(
-        self, learning_rate: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
+        self,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
     ) -> None:
         super().__init__(learning_rate, list(betas), eps, weight_decay, bias_correction=True)
 
@@ -49,7 +53,8 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float 
 
 def clip_by_global_norm(gradients: Tree, limit: float) -> tuple[Tree, mx.array]:
     """Scale the whole tree to a norm of at most `limit` (Pascanu et al. 2013); returns it and the norm before."""
-    norm = mx.sqrt(sum((g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+    squares = [gradient.astype(mx.float32).square().sum() for gradient in flatten(gradients).values()]
+    norm = mx.sqrt(sum(squares, mx.array(0.0)))
     factor = mx.minimum(limit / (norm + 1e-6), 1.0)
     return tree_map(lambda g: g * factor, gradients), norm
 
@@ -61,6 +66,11 @@ class StepResult:
     loss_sum: mx.array  # nats
     tokens: mx.array
     grad_norm: mx.array
+
+    def read(self) -> tuple[float, float]:
+        """(mean loss in nats per token, gradient norm); waits until they are computed."""
+        count = max(1.0, float(self.tokens.item()))  # type: ignore[arg-type]
+        return float(self.loss_sum.item()) / count, float(self.grad_norm.item())  # type: ignore[arg-type]
 
 
 class Stepper:

@@ -162,9 +162,7 @@ def _refuse_to_lose(target: Path) -> None:
     """What was learned on a model lies inside its folder and must not go with it."""
     for name in ("learner", "trainer"):
         if (target / name).exists():
-            raise InputError(
-                f"{target / name} would be lost with the model it belongs to; move it away first"
-            )
+            raise InputError(f"{target / name} would be lost with the model it belongs to; move it away first")
 
 
 def _write(target: Path, model: _Model, say: Progress) -> None:
@@ -290,9 +288,9 @@ def _from_hub(name: str, folder: Path, say: Progress) -> _Model:
         if not any(file.endswith(".safetensors") for file in sizes):
             raise InputError(f"{name}: no model*.safetensors among its {len(there)} files on the hub")
         _announce(name, sizes, folder, say)
-        huggingface_hub.snapshot_download(
-            name, revision=info.sha, local_dir=folder / "hub", allow_patterns=sorted(sizes)
-        )
+        for wanted in ([modeldir.CONFIG], sorted(sizes)):  # a model of another kind costs no download
+            huggingface_hub.snapshot_download(name, revision=info.sha, local_dir=folder / "hub", allow_patterns=wanted)
+            ModelConfig.from_hf(files.read_json(folder / "hub" / modeldir.CONFIG), f"{name}: config.json")
     except MiniMacError:
         raise
     except Exception as error:  # whatever the library or the network raises, the model is not here

@@ -8,7 +8,6 @@ at or repaired.
 """
 
 import codecs
-import hashlib
 import json
 import logging
 import os
@@ -25,11 +24,6 @@ PIECE = 1 << 20
 """Longest piece of a text, in characters; also how many bytes are read at once."""
 LINE_LIMIT = 64 << 20
 """Longest row of a .jsonl file, in characters: a row has to be parsed whole."""
-FEW_DOCUMENTS = 10
-"""Below so many documents the held-out part is drawn from their paragraphs."""
-SMALLEST_BLOCK = 50
-"""Tokens that a held-out paragraph has at least; shorter ones are joined to their neighbour."""
-
 TEXT_SUFFIXES = frozenset(
     """.adoc .asm .awk .bash .bat .bib .c .cc .cfg .clj .cljs .cmake .conf .cpp .cs .css .csv .cu .cxx
     .dart .diff .el .elm .erl .ex .exs .f .f90 .fish .fs .go .gradle .graphql .h .hh .hpp .hrl .hs .htm
@@ -72,9 +66,7 @@ class Document:
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"{self.name}: half a surrogate pair at character {error.start:,}; replace it"
-            ) from None
+            raise InputError(f"{self.name}: half a surrogate pair at character {error.start:,}; replace it") from None
 
     @property
     def text(self) -> str:
@@ -117,25 +109,22 @@ def read_documents(paths: Sequence[Path], skipped: Skipped | None = None) -> Ite
 
 def nothing_to_read(paths: Sequence[Path]) -> InputError:
     """The error for paths in which no document was found."""
-    return InputError(
-        f"{', '.join(map(str, paths)) or 'no path given'}: nothing to read; name a file that holds text"
-    )
+    return InputError(f"{', '.join(map(str, paths)) or 'no path given'}: nothing to read; name a file that holds text")
 
 
 def find_files(paths: Sequence[Path], skipped: Skipped | None = None) -> list[InputFile]:
     """All files that `read_documents` would read; InputError for a missing path or a folder without any."""
     files: list[InputFile] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path's, these take a name that is too long for what is not there
             found = [InputFile(file, in_folder=True) for file in _walk(path, skipped or _ignore)]
             if not found:
-                raise InputError(
-                    f"{path}: no file in this folder is of a kind that is read (text, code, .jsonl, .pdf)"
-                )
+                raise InputError(f"{path}: no file in this folder is of a kind that is read (text, code, .jsonl, .pdf)")
             files += found
-        elif not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        elif not path.is_file():
+        elif not os.path.exists(path):
+            shown = " ".join(str(path).split())[:100]
+            raise InputError(f"{shown}: no such file or folder; a text itself is given with --text")
+        elif not os.path.isfile(path):
             raise InputError(f"{path}: not a regular file; use - to read from a pipe")
         elif not os.access(path, os.R_OK):
             raise InputError(f"{path}: no permission to read it")
@@ -187,8 +176,8 @@ def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
         yield pending
 
 
-# No byte-level tokenizer has a token across the first two. Not after a blank line: GPT-2's pattern takes its line
-# ends one by one before a word, and as one token at the end of a text.
+# No byte-level tokenizer has a token across the first two. Not after a blank line: GPT-2's pattern takes line
+# ends one by one before a word, and together where a text stops.
 _BOUNDARIES = [re.compile(pattern) for pattern in (r"(?<=\S)\n(?=\S)", r"(?<=\S)(?=[ ]\S)", r"\s(?=\S)")]
 
 
@@ -274,9 +263,8 @@ def _read_jsonl(path: Path, may_be_empty: bool) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DamagedFileError(
-                f"{path} line {number}: not JSON ({error}); mend or remove this line"
-            ) from None
+            reason = str(error).replace(": line 1 column", ": column")
+            raise DamagedFileError(f"{path} line {number}: not JSON ({reason}); mend or remove it") from None
         content = _row_content(row, f"{path} line {number}")
         if content:
             empty = False
@@ -295,9 +283,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             if line.strip():
                 yield number, line
         if len(pending) > LINE_LIMIT:
-            raise InputError(
-                f"{path} line {number + 1}: longer than {LINE_LIMIT:,} characters; split it, or use .txt"
-            )
+            raise InputError(f"{path} line {number + 1}: longer than {LINE_LIMIT:,} characters; split it, or use .txt")
     if pending.strip():
         yield number + 1, pending
 
@@ -310,9 +296,7 @@ def _row_content(row: Any, where: str) -> str | Exchange | tuple[Message, ...]:
     wanted = ("prompt", "completion") if {"prompt", "completion"} <= keys else ("text",)
     if not keys.issuperset(wanted):
         has = f"keys {', '.join(map(repr, sorted(keys)))}" if keys else f"a {type(row).__name__}"
-        raise InputError(
-            f"{where}: `text`, `prompt` and `completion`, or `messages` are expected, this row has {has}"
-        )
+        raise InputError(f"{where}: `text`, `prompt` and `completion`, or `messages` are expected, this row has {has}")
     for key in wanted:
         if not isinstance(row[key], str):
             raise InputError(f"{where}: `{key}` must be a string, it is a {type(row[key]).__name__}")
@@ -334,9 +318,7 @@ def _read_pdf(path: Path) -> Iterator[Document]:
     """The text of a PDF as one document, pages separated by a blank line."""
     import pypdf
 
-    logging.getLogger("pypdf").setLevel(
-        logging.CRITICAL
-    )  # it logs what it mends; what it cannot mend is raised
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it logs what it mends; what it cannot mend is raised
     try:
         pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
     except (pypdf.errors.FileNotDecryptedError, pypdf.errors.DependencyError):
@@ -351,129 +333,3 @@ def _read_pdf(path: Path) -> Iterator[Document]:
     if not text.strip():
         raise InputError(f"{path}: no text on its {len(pages)} pages; if they are scanned, run OCR first")
     yield Document(str(path), text)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What is held out or kept as a whole: a document (by its index) or a block of one."""
-
-    document: int
-    text: str
-    tokens: int
-
-
-def split_holdout(
-    documents: list[Document], fraction: float, max_tokens: int, count: Callable[[str], int], seed: int
-) -> tuple[list[Document], list[Document]]:
-    """Divide into (train, heldout), with about `fraction` of the tokens, at most `max_tokens`, held out.
-
-    Whole documents are held out where there are at least `FEW_DOCUMENTS`; of fewer, or where these are too
-    long to come near the size wanted, blocks of the plain texts: paragraphs, else lines, sentences, words.
-    The blocks of a document that fall on one side stay one document, in their order. Equal units fall on the
-    same side. `count` gives the tokens of a text. The choice depends on the units' text and the seed alone.
-    The training part is never empty; the held-out part is, if there is nothing that can be divided.
-    """
-    if not 0 <= fraction < 1:
-        raise InputError(f"--holdout {fraction}: must be at least 0 and less than 1")
-    whole = _joined(documents)
-    held: set[_Unit] = set()
-    units: list[_Unit] = []
-    for cut in _CUTS[1:] if len(whole) < FEW_DOCUMENTS else _CUTS:
-        units = [unit for index, document in enumerate(whole) for unit in _units(index, document, cut, count)]
-        wanted = min(max_tokens, fraction * sum(unit.tokens for unit in units))
-        held = _draw(units, wanted, max_tokens, seed)
-        if sum(unit.tokens for unit in units if unit in held) >= wanted / 2:
-            break
-    train = _gathered(whole, [unit for unit in units if unit not in held])
-    return train, _gathered(whole, [unit for unit in units if unit in held])
-
-
-def _joined(documents: list[Document]) -> list[Document]:
-    """The documents with the pieces of long texts put together again."""
-    whole: list[Document] = []
-    parts: list[str] = []
-    for document in documents:
-        if document.ends and not parts:
-            whole.append(document)
-            continue
-        parts.append(document.text)
-        if document.ends:
-            whole.append(Document(document.name, "".join(parts)))
-            parts = []
-    return whole
-
-
-def _units(
-    index: int, document: Document, cut: Callable[[str], list[str]], count: Callable[[str], int]
-) -> list[_Unit]:
-    """A plain text cut into blocks of at least `SMALLEST_BLOCK` tokens; anything else is one unit."""
-    parts = cut(document.text) if isinstance(document.content, str) else [document.text]
-    blocks: list[_Unit] = []
-    for part in parts:
-        if blocks and blocks[-1].tokens < SMALLEST_BLOCK:
-            blocks[-1] = _Unit(index, blocks[-1].text + part, blocks[-1].tokens + count(part))
-        else:
-            blocks.append(_Unit(index, part, count(part)))
-    if len(blocks) > 1 and blocks[-1].tokens < SMALLEST_BLOCK:
-        last = blocks.pop()
-        blocks[-1] = _Unit(index, blocks[-1].text + last.text, blocks[-1].tokens + last.tokens)
-    return blocks
-
-
-def _draw(units: list[_Unit], wanted: float, max_tokens: int, seed: int) -> set[_Unit]:
-    """Units of together at most `wanted` tokens, drawn in the order of a hash of seed and text.
-
-    Equal ones go together. Where not one is small enough, the smallest, if it leaves at least half to train
-    on.
-    """
-    alike: dict[str, list[_Unit]] = {}
-    for unit in units:
-        alike.setdefault(unit.text.strip(), []).append(unit)
-    sizes = {text: sum(unit.tokens for unit in group) for text, group in alike.items()}
-    room, chosen = wanted, []
-    for text in sorted(sizes, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest()):
-        if 0 < sizes[text] <= room:
-            chosen.append(text)
-            room -= sizes[text]
-    smallest = min(sizes, key=lambda text: sizes[text], default="")
-    if not chosen and wanted > 0 and sizes[smallest] <= min(max_tokens, sum(sizes.values()) / 2):
-        chosen = [smallest]
-    return {unit for text in chosen for unit in alike[text]}
-
-
-def _gathered(whole: list[Document], units: list[_Unit]) -> list[Document]:
-    """The documents that these units make up; the units of each are in their order."""
-    texts: dict[int, list[str]] = {}
-    for unit in units:
-        texts.setdefault(unit.document, []).append(unit.text)
-    return [
-        Document(whole[index].name, "".join(parts)) if isinstance(whole[index].content, str) else whole[index]
-        for index, parts in texts.items()
-    ]
-
-
-def _lines(text: str) -> list[str]:
-    return re.findall(r"[^\n]*\n|[^\n]+", text)
-
-
-def _paragraphs(text: str) -> list[str]:
-    """Runs of lines, each with the blank lines that follow it."""
-    blocks: list[list[str]] = []
-    previous = "\n"
-    for line in _lines(text):
-        if not blocks or (line.strip() and not previous.strip()):
-            blocks.append([])
-        blocks[-1].append(line)
-        previous = line
-    return ["".join(block) for block in blocks]
-
-
-_CUTS: list[Callable[[str], list[str]]] = [
-    lambda text: [text],
-    _paragraphs,
-    _lines,
-    lambda text: re.findall(r"(?s).+?(?:[.!?]\s+|[。！？]\s*|\Z)", text),
-    lambda text: re.findall(r"\S+\s*|\s+", text),
-    lambda text: re.findall(r"(?s).{1,64}", text),
-]
-"""Ways to cut a text, coarsest first: not at all, at blank lines, lines, sentences, words, anywhere."""

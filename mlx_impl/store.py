@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_impl import files
+from mlx_impl import files, modeldir
 from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.tokenizer import Tokenizer
 
 SCHEMA = 1
 _TABLES = """
@@ -131,6 +132,21 @@ class Store:
             raise InputError(f"no domain called {domain!r}; there are: {known}")
         return head
 
+    def overview(self) -> list[dict[str, Any]]:
+        """What `list --json` prints: each domain with its current lesson."""
+        heads = [self.require(domain) for domain in self.domains()]
+        return [
+            {
+                "domain": v.domain,
+                "version": v.name,
+                "lessons": v.depth,
+                "source": v.source,
+                "created": v.created,
+                **v.figures,
+            }
+            for v in heads
+        ]
+
     def history(self, domain: str) -> list[Version]:
         """The lessons that the domain's head stands on, first to last."""
         chain: list[Version] = []
@@ -212,11 +228,19 @@ class Store:
             digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
         files.fsync(self.folder)  # the domain's folder may be new
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = (domain, number, parent.id if parent else None, parent.depth + 1 if parent else 1, source, created)
+        row = (
+            domain,
+            number,
+            parent.id if parent else None,
+            parent.depth + 1 if parent else 1,
+            source,
+            created,
+        )
         documents = tuple(json.dumps(value, ensure_ascii=False) for value in (config, figures, digests))
         with self._connected() as db, db:  # the second: one transaction
             key = db.execute(
-                f"INSERT INTO versions ({_COLUMNS.removeprefix('id, ')}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row + documents
+                f"INSERT INTO versions ({_COLUMNS.removeprefix('id, ')}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row + documents,
             ).lastrowid
             if heldout is not None:
                 trained = None if heldout.trained is None else heldout.trained.astype(np.uint8).tobytes()
@@ -295,7 +319,9 @@ class Store:
         """Create the tables of a new database; of an old one check version and base."""
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA:
-            raise InputError(f"{self._database}: written by a newer program (schema {version}, this one knows {SCHEMA})")
+            raise InputError(
+                f"{self._database}: written by a newer program (schema {version}, this one knows {SCHEMA})"
+            )
         if version == 0:
             db.execute("BEGIN IMMEDIATE")
             for statement in _TABLES.split(";"):
@@ -304,7 +330,9 @@ class Store:
             db.execute(f"PRAGMA user_version = {SCHEMA}")
             db.commit()
         recorded = db.execute("SELECT sha256, tokenizer FROM base").fetchone()
-        for what, old, new in zip(("base model", "tokenizer"), recorded or ("nothing", "nothing"), self._base, strict=True):
+        for what, old, new in zip(
+            ("base model", "tokenizer"), recorded or ("nothing", "nothing"), self._base, strict=True
+        ):
             if old != new:
                 raise InputError(
                     f"{self.folder}: these lessons belong to another {what} (sha256 {old[:12]}, this one is {new[:12]})"
@@ -316,3 +344,15 @@ class Store:
         with self._connected() as db:
             rows = db.execute(f"SELECT {_COLUMNS} FROM versions WHERE {where} ORDER BY id", values).fetchall()
         return [Version(*row[:7], *(json.loads(text) for text in row[7:])) for row in rows]
+
+
+def open_store(model: Path, folder: Path | None = None) -> Store:
+    """The lessons of a model directory, kept in `folder` or in the directory's `learner`."""
+    return Store(folder or model / "learner", modeldir.identity(model), Tokenizer.load(model).digest)
+
+
+def version_number(name: str) -> int:
+    """2 for "v0002" and for "2"; InputError for anything else."""
+    if not re.fullmatch(r"v?\d{1,9}", name):
+        raise InputError(f"{name!r} is no version; they are called v0001, v0002 and so on")
+    return int(name.removeprefix("v"))

@@ -33,9 +33,7 @@ class Tokenizer:
     of a special token is plain text, in `encode` always and in `encode_chat` wherever a message has it.
     """
 
-    def __init__(
-        self, text: str, config: Mapping[str, Any] | None = None, where: str = "tokenizer.json"
-    ) -> None:
+    def __init__(self, text: str, config: Mapping[str, Any] | None = None, where: str = "tokenizer.json") -> None:
         """From the text of tokenizer.json and the content of tokenizer_config.json; errors name `where`."""
         state = _parsed(text, where)
         self._text = text
@@ -57,7 +55,7 @@ class Tokenizer:
         self._bytes, self._drops_first_space = _byte_table(state, where)
 
         self.digest = hashlib.sha256(text.encode()).hexdigest()
-        """Hex sha256 of tokenizer.json: two tokenizers with the same digest give the same ids."""
+        """Hex sha256 of tokenizer.json, the file that fixes the ids of a text."""
         self.vocab_size = len(self._bytes)
         """One more than the highest id; a model needs at least so many rows, and never samples beyond."""
         self.special_ids = frozenset(token["id"] for token in self._specials.values())
@@ -84,9 +82,7 @@ class Tokenizer:
         """
         state = tokenizer_train.learn(texts, vocab_size, min_frequency, special_tokens)
         text = json.dumps(state, ensure_ascii=False, indent=2) + "\n"
-        return cls(
-            text, tokenizer_train.tokenizer_config([token["content"] for token in state["added_tokens"]])
-        )
+        return cls(text, tokenizer_train.tokenizer_config([token["content"] for token in state["added_tokens"]]))
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
@@ -111,9 +107,7 @@ class Tokenizer:
             config["chat_template"] = template
         tokenizer = cls(_read_text(path, _LARGEST_FILE), config, str(path))
         if tokenizer._model is not None and beside.exists() and not _holds(beside, tokenizer._model):
-            raise DamagedFileError(
-                f"{beside}: does not agree with tokenizer.json beside it; train or copy both again"
-            )
+            raise DamagedFileError(f"{beside}: does not agree with tokenizer.json beside it; train or copy both again")
         more = _optional_json(directory / "generation_config.json").get("eos_token_id")
         for eos in more if isinstance(more, list) else [more]:
             if type(eos) is int and 0 <= eos < tokenizer.vocab_size and eos not in tokenizer.eos_ids:
@@ -247,11 +241,7 @@ def _tokenizers_encoders(state: dict[str, Any], where: str) -> tuple[Callable[[s
     text = json.dumps(state, ensure_ascii=False)
     first = encoder(text)
     # Metaspace with this scheme puts a space before the beginning of a text only.
-    inner = (
-        re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text)
-        if '"prepend_scheme": "first"' in text
-        else None
-    )
+    inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text) if '"prepend_scheme": "first"' in text else None
     return first, encoder(inner) if inner else first
 
 
@@ -277,7 +267,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         raise DamagedFileError(f"{where}: not a tokenizer.json ({type(error).__name__}: {error})") from None
     if not whole:
         raise DamagedFileError(
-            f"{where}: not a tokenizer.json (a token without text, an id twice or not in 0 to {_MOST_IDS - 1})"
+            f"{where}: no tokenizer.json (a token has no text, an id comes twice or exceeds {_MOST_IDS - 1})"
         )
     return dict(state)
 
@@ -324,9 +314,7 @@ def _byte_table(state: dict[str, Any], where: str) -> tuple[list[bytes], bool]:
     elif "ByteFallback" in kinds or "Metaspace" in kinds:
         to_bytes = _byte_fallback
     else:
-        raise InputError(
-            f"{where}: decoder {decoder.get('type')!r} is not supported; ByteLevel and ByteFallback are"
-        )
+        raise InputError(f"{where}: decoder {decoder.get('type')!r} is not supported; ByteLevel and ByteFallback are")
     added = {token["id"]: token["content"].encode() for token in state["added_tokens"]}
     vocab = state["model"]["vocab"]
     table = [b""] * (max([*vocab.values(), *added]) + 1)
@@ -375,9 +363,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def _read_text(path: Path, limit: int) -> str:
     """A file's text as it stands, line ends included."""
     if path.stat().st_size > limit:
-        raise DamagedFileError(
-            f"{path}: {path.stat().st_size:,} bytes, at most {limit:,} expected of this file"
-        )
+        raise DamagedFileError(f"{path}: {path.stat().st_size:,} bytes, at most {limit:,} expected of this file")
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:

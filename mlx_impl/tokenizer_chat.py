@@ -38,9 +38,7 @@ def render(
             )
         )
     except Exception as error:  # a template can raise anything that Python can
-        raise InputError(
-            f"the chat template failed on these messages: {type(error).__name__}: {error}"
-        ) from None
+        raise InputError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from None
 
 
 def stand_ins(
@@ -112,9 +110,7 @@ def _environment() -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

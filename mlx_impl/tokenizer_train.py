@@ -34,9 +34,7 @@ _COVERAGE = 0.9995  # of all characters; the rarer ones are spelled in bytes, as
 _CHUNK = 65536  # characters handed to the trainer at a time, which needs 16 bytes for each
 
 
-def learn(
-    texts: Iterable[str], vocab_size: int, min_frequency: int, special_tokens: Sequence[str]
-) -> dict[str, Any]:
+def learn(texts: Iterable[str], vocab_size: int, min_frequency: int, special_tokens: Sequence[str]) -> dict[str, Any]:
     """The content of a tokenizer.json of at most `vocab_size` ids, fewer where there is too little text.
 
     Ids: `SPECIALS`, `special_tokens`, the 256 bytes, single characters (most frequent first), merges (in the
@@ -159,13 +157,7 @@ def check_encodable(text: str) -> None:
 def _check_specials(specials: Sequence[str]) -> None:
     for index, token in enumerate(specials):
         # A single character could not be told from the same character in text, by SentencePiece at least.
-        if (
-            len(token) < 2
-            or SPACE in token
-            or re.search(r"\s", token)
-            or token in BYTES
-            or token in specials[:index]
-        ):
+        if len(token) < 2 or SPACE in token or re.search(r"\s", token) or token in BYTES or token in specials[:index]:
             raise InputError(
                 f"special token {token!r}: two characters or more, no white space and no U+2581 are needed, "
                 f"and none of {', '.join(SPECIALS)}, <0x00> to <0xFF> or another special token"
@@ -195,9 +187,7 @@ def _chunks(texts: Iterable[str], characters: Sequence[str], specials: Sequence[
             yield from filter(None, re.split(outside, text[start : start + _CHUNK]))
 
 
-def _merges(
-    chunks: Iterator[str], characters: Sequence[str], count: int, min_frequency: int
-) -> list[list[str]]:
+def _merges(chunks: Iterator[str], characters: Sequence[str], count: int, min_frequency: int) -> list[list[str]]:
     """At most `count` pairs, the most frequent first, none seen fewer than `min_frequency` times."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 

@@ -19,12 +19,13 @@ import mlx.core as mx
 
 from mlx_impl import checkpoint
 from mlx_impl.config import TrainConfig
-from mlx_impl.data import Batches, TokenFile, Tokens, evaluation_windows
+from mlx_impl.data import TokenFile, Tokens
 from mlx_impl.errors import InputError, Interrupted, NonFiniteLossError
 from mlx_impl.evaluate import evaluate
 from mlx_impl.loss import loss_of
 from mlx_impl.model import ContinualLLM
 from mlx_impl.optim import AdamW, Stepper, StepResult, can_compile, warmup_cosine
+from mlx_impl.windows import Batches, evaluation_windows
 
 Event = dict[str, Any]
 Steps = list[list[tuple[mx.array, mx.array]]]
@@ -50,7 +51,7 @@ def train_steps(
     losses = []
     for step, rate in zip(batches, learning_rates, strict=True):
         result = stepper.step(step, rate)
-        losses.append(result.loss_sum.item() / result.tokens.item())
+        losses.append(result.read()[0])
     model.update(stepper.parameters)
     return losses
 
@@ -183,7 +184,7 @@ class Trainer:
             return
         step, result, rate = self._pending
         self._pending = None
-        loss, norm = result.loss_sum.item() / max(1, result.tokens.item()), result.grad_norm.item()
+        loss, norm = result.read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"step {step}: the loss is {loss} and the gradient's norm {norm}; the state of step "
@@ -233,9 +234,17 @@ class Trainer:
         checkpoint.publish(self.directory, self.stepper.parameters, self.model.config, summary)
 
     def _save(self) -> None:
-        rest = {"identity": self._identity(), "cursor": self.batches.cursor, "progress": asdict(self.progress)}
+        rest = {
+            "identity": self._identity(),
+            "cursor": self.batches.cursor,
+            "progress": asdict(self.progress),
+        }
         checkpoint.save_state(
-            self.directory / "trainer", self.progress.step, self.stepper.parameters, self.stepper.optimizer.state, rest
+            self.directory / "trainer",
+            self.progress.step,
+            self.stepper.parameters,
+            self.stepper.optimizer.state,
+            rest,
         )
         self._saved = self.progress.step
         if self.heldout is None and self.progress.step:

@@ -37,7 +37,7 @@ CONFIGS = {
     "3:1 untied biases theta 500000": ModelConfig(
         67, 36, 3, 3, 1, 40, 64, 1e-5, 500000.0, False, attention_bias=True, mlp_bias=True
     ),
-    "12:3 tied llama3": ModelConfig(61, 96, 2, 12, 3, 56, 64, rope_base=500000.0, rope_scaling=LLAMA3),
+    "12:3 tied llama3": ModelConfig(61, 96, 2, 12, 3, 56, 2**17, rope_base=500000.0, rope_scaling=LLAMA3),
     "4:2 untied linear scaling, heads wider than D/H": ModelConfig(
         53, 32, 2, 4, 2, 48, 64, tie_embeddings=False, head_dim=14,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
@@ -74,7 +74,7 @@ def adapter(config: ModelConfig, rank: int) -> Arrays:
     for number, (name, shape) in enumerate(s for s in shapes if s[0].endswith("weight")):
         path = name.removesuffix(".weight")
         arrays[f"{path}.lora_a"] = wave((shape[1], rank), 100 + number) * np.float32(np.sqrt(2 / shape[1]))
-        arrays[f"{path}.lora_b"] = wave((rank, shape[0]), 200 + number) * np.float32(np.sqrt(0.5 / rank))
+        arrays[f"{path}.lora_b"] = wave((rank, shape[0]), 200 + number) * np.float32(np.sqrt(0.1 / rank))
     return arrays
 
 
@@ -137,9 +137,7 @@ def mlx_loss_gradients(model: Any, tokens: np.ndarray, mask: np.ndarray) -> tupl
     return loss.item(), from_mlx(gradients)
 
 
-def torch_loss_gradients(
-    model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray
-) -> tuple[float, Arrays]:
+def torch_loss_gradients(model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray) -> tuple[float, Arrays]:
     """Summed next-token loss of a torch model and its gradients."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss, _ = torch_ref.loss.next_token_loss(model, torch.tensor(tokens), torch.tensor(mask))
@@ -169,9 +167,7 @@ def assert_close(what: str, actual: Any, expected: Any, atol: float = 0.0, of_la
     return float(difference[worst])
 
 
-def assert_all_close(
-    what: str, actual: Arrays, expected: Arrays, atol: float = 0.0, of_largest: float = 0.0
-) -> None:
+def assert_all_close(what: str, actual: Arrays, expected: Arrays, atol: float = 0.0, of_largest: float = 0.0) -> None:
     """Compare two sets of arrays of the same names; a tensor of zeros would prove nothing and fails."""
     assert sorted(actual) == sorted(expected), f"{what}: {sorted(set(actual) ^ set(expected))} in one only"
     for name, array in expected.items():

@@ -21,17 +21,15 @@ from hypothesis import strategies as st
 
 from mlx_impl import data
 from mlx_impl.data import (
-    Batches,
     TokenFile,
     Tokens,
-    Windows,
     encode_document,
-    evaluation_windows,
     tokenize_files,
     tokens_of,
 )
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.readers import Document, Exchange, Message, read_documents
+from mlx_impl.windows import Batches, Windows, evaluation_windows
 
 EOS, START = 256, 257
 
@@ -115,9 +113,7 @@ CONVERSATION = Document("c", chat("user: hi", "assistant: yo", "user: so", "assi
         ),
     ],
 )
-def test_what_is_trained_on(
-    document: Document, tokenizer: ByteTokenizer, loss_on: str, expected: str
-) -> None:
+def test_what_is_trained_on(document: Document, tokenizer: ByteTokenizer, loss_on: str, expected: str) -> None:
     assert shown(document, tokenizer, loss_on) == expected
 
 
@@ -144,9 +140,7 @@ class Rewriting(ChatTokenizer):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    with pytest.raises(
-        InputError, match="rows#7: with message 2 the chat template changes the text before it"
-    ):
+    with pytest.raises(InputError, match="rows#7: with message 2 the chat template changes the text before it"):
         encode_document(Document("rows#7", CONVERSATION.content), Rewriting(), "assistant")
     assert encode_document(CONVERSATION, Rewriting(), "all")[1] is None
 
@@ -457,9 +451,7 @@ def test_what_cannot_be_windowed() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(2, 200), st.integers(1, 20), st.integers(1, 9), st.integers(-3, 2**40), st.booleans())
-def test_an_epoch_has_each_window_once(
-    n: int, seq_len: int, batch_size: int, seed: int, shuffle: bool
-) -> None:
+def test_an_epoch_has_each_window_once(n: int, seq_len: int, batch_size: int, seed: int, shuffle: bool) -> None:
     windows = Windows(stream(n, None), seq_len)
     batches = Batches(windows, batch_size, seed, shuffle)
     assert batches.rows == min(batch_size, len(windows))

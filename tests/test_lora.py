@@ -125,9 +125,7 @@ def test_fused_equals_attached_and_fusing_again_changes_nothing() -> None:
     assert np.array_equal(logits(model), fused)
     assert lora.trainable_arrays(model) == {}
     original = weights(CONFIG)
-    assert all(np.array_equal(np.array(before[name]), original[name]) for name in original), (
-        "fusing wrote to the base"
-    )
+    assert all(np.array_equal(np.array(before[name]), original[name]) for name in original), "fusing wrote to the base"
 
 
 # -- size, seeds, dtype, dropout -----------------------------------------------------
@@ -225,9 +223,7 @@ def test_only_the_named_targets_are_adapted() -> None:
     model = base()
     paths = lora.attach(model, LoRAConfig(rank=2, targets=("q_proj", "down_proj")), mx.random.key(0))
     assert paths == [
-        f"model.layers.{i}.{name}"
-        for i in range(CONFIG.num_layers)
-        for name in ("mlp.down_proj", "self_attn.q_proj")
+        f"model.layers.{i}.{name}" for i in range(CONFIG.num_layers) for name in ("mlp.down_proj", "self_attn.q_proj")
     ]
     assert {name.rpartition(".")[0] for name in lora.trainable_arrays(model)} == set(paths)
 

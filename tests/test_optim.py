@@ -92,8 +92,8 @@ def test_adamw_is_torchs_over_many_steps(ours: Callable[[dict[str, np.ndarray]],
         gradients = {name: wave(shape, number) * size for name, shape in SHAPES.items()}
         rate = warmup_cosine(number, 50, 5, peak=1e-2)
         expected, actual = expected_step(gradients, rate), step(gradients, rate)
-        # A weight near 1 moves by at most about 1e-2 a step; 50 roundings of half an ulp add up to 3e-6.
-        assert_all_close(f"step {number}: weight", actual, expected, atol=3e-6)
+        # Weights are near 1, where an ulp is 1.2e-7: that is what is seen, and all 50 steps could add up.
+        assert_all_close(f"step {number}: weight", actual, expected, atol=1e-6)
     assert all(np.abs(expected[name] - parameters[name]).max() > 1e-2 for name in SHAPES)
 
 
@@ -129,9 +129,7 @@ def test_the_schedule_rises_to_its_peak_and_ends_at_its_floor(schedule: Callable
 
 
 @given(total=st.integers(1, 500), share=st.floats(0, 1), peak=st.floats(1e-6, 1), floor=st.floats(0, 1))
-def test_the_schedules_agree_and_stay_within_bounds(
-    total: int, share: float, peak: float, floor: float
-) -> None:
+def test_the_schedules_agree_and_stay_within_bounds(total: int, share: float, peak: float, floor: float) -> None:
     warmup = int(total * share)
     for step in range(total):
         rate = warmup_cosine(step, total, warmup, peak, floor)
@@ -153,9 +151,7 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction(scale: float, limit: f
     factor = min(1.0, limit / (wanted + 1e-6))  # torch's clip_grad_norm_ has this 1e-6 too
     for name, array in tree.items():
         assert_close(name, after[name], array * factor, of_largest=1e-5)  # the norm's own rounding
-    gradients, reference_norm = torch_ref.optim.clip_by_global_norm(
-        [torch.tensor(a) for a in tree.values()], limit
-    )
+    gradients, reference_norm = torch_ref.optim.clip_by_global_norm([torch.tensor(a) for a in tree.values()], limit)
     assert reference_norm.item() == pytest.approx(wanted, rel=1e-5)
     for name, gradient in zip(tree, gradients, strict=True):
         assert_close(name, gradient.numpy(), after[name], of_largest=1e-5)
@@ -200,9 +196,8 @@ def test_microbatches_of_unequal_masks_are_one_big_batch(adapted: bool) -> None:
     losses, arrays = trained(many, adapted, compiled=False)
     expected_losses, expected = trained(one, adapted, compiled=False)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
-    # AdamW divides by the gradient's own size: where that is near eps, rounding of 1e-7 can move a weight by as much
-    # as the rate, 3e-4. A tenth of that over 5 steps still tells sums from means of means (5e-4 apart here).
-    assert_all_close("weight", arrays, expected, atol=3e-5)
+    # Seen: 6e-8, an ulp of weights near 1. Means of means, mlx-lm's way, end 2e-3 apart.
+    assert_all_close("weight", arrays, expected, atol=3e-6)
 
 
 @pytest.mark.skipif(not can_compile(), reason="mx.compile needs a C++ compiler here")
@@ -213,4 +208,4 @@ def test_the_compiled_step_is_the_eager_one(adapted: bool, microbatches: int) ->
     losses, arrays = trained(batches, adapted, compiled=True)
     expected_losses, expected = trained(batches, adapted, compiled=False)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
-    assert_all_close("weight", arrays, expected, atol=3e-5)  # as above: fused kernels round differently
+    assert_all_close("weight", arrays, expected, atol=3e-6)  # fused kernels may round differently

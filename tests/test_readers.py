@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from mlx_impl import readers
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.readers import Document, Exchange, pieces, read_documents, split_holdout, text_document
+from mlx_impl.holdout import FEW_DOCUMENTS, split_holdout
+from mlx_impl.readers import Document, Exchange, pieces, read_documents, text_document
 
 ENGLISH = [topics.topics[name] for name in sorted(topics.topics)]
 
@@ -34,8 +35,7 @@ def pdf(pages: list[str]) -> bytes:
     for i, text in enumerate(pages):
         font = "<</F1<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>"
         objects.append(
-            f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents {4 + 2 * i} 0 R"
-            f"/Resources<</Font{font}>>>>"
+            f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents {4 + 2 * i} 0 R/Resources<</Font{font}>>>>"
         )
         stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET" if text else ""
         objects.append(f"<</Length {len(stream)}>>stream\n{stream}\nendstream")
@@ -148,9 +148,7 @@ def test_jsonl_rows(tmp_path: Path) -> None:
         ('{"text": "\\ud800"}', InputError, "#2: half a surrogate pair at character 0"),
     ],
 )
-def test_a_bad_row_is_named_by_its_line(
-    tmp_path: Path, line: str, error: type[MiniMacError], says: str
-) -> None:
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, error: type[MiniMacError], says: str) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "good"}\n' + line)
     with pytest.raises(error, match=says) as caught:
         list(read_documents([path]))
@@ -220,6 +218,9 @@ def test_what_is_no_text_is_refused_in_one_line(tmp_path: Path, content: bytes, 
 def test_missing_and_irregular_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         list(read_documents([tmp_path / "missing.txt"]))
+    with pytest.raises(InputError, match="a text itself is given with --text") as caught:
+        list(read_documents([Path("a whole text\n" * 100)]))
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="not a regular file; use -"):
         list(read_documents([Path(os.devnull)]))
     with pytest.raises(InputError, match="no path given"):
@@ -260,9 +261,7 @@ def test_folders_are_walked_in_order_and_say_what_they_skip(tmp_path: Path) -> N
     os.mkfifo(folder / "pipe.txt")
 
     skipped: dict[str, str] = {}
-    documents = list(
-        read_documents([folder], lambda path, why: skipped.update({str(path.relative_to(folder)): why}))
-    )
+    documents = list(read_documents([folder], lambda path, why: skipped.update({str(path.relative_to(folder)): why})))
     assert [d.text for d in documents] == ["second", "third", "Page.", "row", "print()"]
     assert skipped.keys() == {
         ".git", ".hidden.txt", "b/__init__.py", "b/latin.c", "b/scan.pdf", "photo.png", "gone.txt", "pipe.txt"
@@ -410,5 +409,5 @@ def test_holdout_properties(texts: list[list[str]], fraction: float, most: int, 
     assert tokens(train) + tokens(heldout) == tokens(documents)
     text = [re.sub(r"\s", "", "".join(d.text for d in side)) for side in (train, heldout, documents)]
     assert sorted(text[0] + text[1]) == sorted(text[2])
-    if len(documents) >= readers.FEW_DOCUMENTS and heldout and all(d in documents for d in heldout):
+    if len(documents) >= FEW_DOCUMENTS and heldout and all(d in documents for d in heldout):
         assert not {d.text.strip() for d in train} & {d.text.strip() for d in heldout}

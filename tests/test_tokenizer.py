@@ -279,17 +279,11 @@ def test_unusable_special_tokens_are_refused(token: str) -> None:
         Tokenizer.train(["text text"], special_tokens=["<a>", "<a>"])
 
 
-def test_training_is_deterministic_and_the_digest_is_that_of_the_file(
-    ours: Tokenizer, directory: Path
-) -> None:
+def test_training_is_deterministic_and_the_digest_is_that_of_the_file(ours: Tokenizer, directory: Path) -> None:
     texts = [ENGLISH[:200_000], ODD]
     assert Tokenizer.train(texts).digest == Tokenizer.train(iter(texts)).digest != ours.digest
     loaded = Tokenizer.load(directory)
-    assert (
-        loaded.digest
-        == ours.digest
-        == hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
-    )
+    assert loaded.digest == ours.digest == hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
     assert loaded.encode(ODD) == ours.encode(ODD)
     assert (loaded.eos_ids, loaded.special_ids) == (ours.eos_ids, ours.special_ids)
 
@@ -499,9 +493,7 @@ def test_templates_have_what_transformers_gives_them(
         "{% set ns = namespace(__class__=1) %}",
     ],
 )
-def test_a_template_that_fails_is_an_input_error_of_one_line(
-    byte_level: Path, tmp_path: Path, template: str
-) -> None:
+def test_a_template_that_fails_is_an_input_error_of_one_line(byte_level: Path, tmp_path: Path, template: str) -> None:
     folder = copied(byte_level, tmp_path / "x")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     with pytest.raises(InputError, match="chat template") as caught:
@@ -559,9 +551,7 @@ def test_missing_files(tmp_path: Path, directory: Path) -> None:
         ("generation_config.json", b"[1]"),
     ],
 )
-def test_damaged_files_are_named_in_one_line(
-    directory: Path, tmp_path: Path, name: str, content: bytes
-) -> None:
+def test_damaged_files_are_named_in_one_line(directory: Path, tmp_path: Path, name: str, content: bytes) -> None:
     folder = copied(directory, tmp_path / "x")
     (folder / name).write_bytes(content)
     with pytest.raises(DamagedFileError, match=re.escape(str(folder / name))) as caught:
@@ -586,9 +576,7 @@ def test_a_changed_byte_in_either_file_of_ours_is_noticed(directory: Path, tmp_p
         ({"decoder": None}, "is not supported"),
     ],
 )
-def test_other_kinds_are_refused(
-    byte_level: Path, tmp_path: Path, changes: dict[str, Any], error: str
-) -> None:
+def test_other_kinds_are_refused(byte_level: Path, tmp_path: Path, changes: dict[str, Any], error: str) -> None:
     with pytest.raises(InputError, match=error):
         Tokenizer.load(edited(byte_level, tmp_path / "x", **changes))
 

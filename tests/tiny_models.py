@@ -1,7 +1,7 @@
 """Tiny Llama models for tests: the same weights as arrays, as a GGUF file and as a HF folder.
 
-The GGUF is written the way llama.cpp's converter does it, q and k rows permuted one by one, by a loop that shares
-nothing with the code under test.
+The GGUF is written the way llama.cpp's converter does it, q and k rows permuted one by one, by a loop that
+shares nothing with the code under test.
 """
 
 import json
@@ -152,9 +152,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         add[type(value)](key, value)
 
 
-def write_hf(
-    folder: Path, arrays: dict[str, np.ndarray] | None = None, shards: int = 1, **changes: Any
-) -> Path:
+def write_hf(folder: Path, arrays: dict[str, np.ndarray] | None = None, shards: int = 1, **changes: Any) -> Path:
     """A HF Llama folder, sharded by an index if `shards` > 1; `changes` go into config.json."""
     arrays = arrays or weights()
     folder.mkdir(parents=True)

@@ -16,14 +16,12 @@ from torch_ref.model import ContinualLLM
 def penalized(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     """Logits (V,) with those of tokens already there made less likely (Keskar et al. 2019, section 4.1)."""
     there = torch.zeros(logits.shape, dtype=torch.bool)
-    there[list(seen)] = True
+    there[[token for token in seen if token < len(logits)]] = True
     weaker = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(there, weaker, logits)
 
 
-def filtered(
-    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
+def filtered(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """Log-probabilities (V,) at the temperature; what top-k, top-p and min-p exclude is -inf.
 
     Temperature, then top-k, then top-p over what is left, then min-p. The likeliest token always passes.

@@ -35,9 +35,7 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """y = linear(x) + scale * (dropout(x) @ lora_a) @ lora_b. Zero lora_b makes it the linear layer."""
 
-    def __init__(
-        self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, linear: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = linear
         self.lora_a = nn.Parameter(lora_a)  # (in, r)
@@ -51,9 +49,7 @@ class LoRALinear(nn.Module):
         """A fresh adapter: lora_a uniform in +-1/sqrt(in) from `generator`, lora_b zero."""
         bound = 1 / math.sqrt(linear.in_features)
         lora_a = torch.empty(linear.in_features, config.rank).uniform_(-bound, bound, generator=generator)
-        return cls(
-            linear, lora_a, torch.zeros(config.rank, linear.out_features), config.scale, config.dropout
-        )
+        return cls(linear, lora_a, torch.zeros(config.rank, linear.out_features), config.scale, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype; the low-rank product is computed in float32."""
@@ -64,9 +60,7 @@ class LoRALinear(nn.Module):
     def fuse(self) -> nn.Linear:
         """A new linear layer with the product added to a copy of the weights; the sum is taken in float32."""
         base = self.linear
-        fused = nn.Linear(
-            base.in_features, base.out_features, bias=base.bias is not None, dtype=base.weight.dtype
-        )
+        fused = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, dtype=base.weight.dtype)
         fused.weight.copy_(base.weight.float() + self.scale * (self.lora_a @ self.lora_b).T)
         if base.bias is not None:
             fused.bias.copy_(base.bias)
@@ -101,9 +95,7 @@ def attach_arrays(model: nn.Module, arrays: Mapping[str, Tensor], scale: float, 
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
     wrong = [problem for path in paths for problem in _misfits(path, modules.get(path), arrays)]
     if wrong or not paths:
-        raise DamagedFileError(
-            f"the adapter does not fit the model: {'; '.join(wrong) or 'it holds no arrays'}"
-        )
+        raise DamagedFileError(f"the adapter does not fit the model: {'; '.join(wrong) or 'it holds no arrays'}")
     model.requires_grad_(False)
     for path in paths:
         a, b = (arrays[f"{path}.{name}"].to(torch.float32, copy=True) for name in ("lora_a", "lora_b"))
@@ -149,13 +141,6 @@ def _misfits(path: str, module: nn.Module | None, arrays: Mapping[str, Tensor]) 
     if a is None or b is None:
         return [f"{path} lacks {'lora_a' if a is None else 'lora_b'}"]
     width_in, width_out = module.in_features, module.out_features
-    if (
-        a.ndim != 2
-        or b.ndim != 2
-        or (a.shape[0], b.shape[1]) != (width_in, width_out)
-        or a.shape[1] != b.shape[0]
-    ):
-        return [
-            f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} on a layer {width_in} -> {width_out}"
-        ]
+    if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (width_in, width_out) or a.shape[1] != b.shape[0]:
+        return [f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} on a layer {width_in} -> {width_out}"]
     return []

@@ -181,9 +181,7 @@ class ContinualLLM(nn.Module):
         _initialize(self, config, torch.Generator().manual_seed(seed))
         self.eval()
 
-    def hidden(
-        self, tokens: Tensor, cache: Sequence[KVCache] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Sequence[KVCache] | None = None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D) of tokens (B, T).
 
         `mask` (T, T), True where a key may be seen, replaces the causal one.

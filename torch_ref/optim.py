@@ -46,9 +46,7 @@ class AdamW:
             m_hat = m / (1 - b1**self.step)
             v_hat = v / (1 - b2**self.step)
             decay = self.weight_decay if p.ndim >= 2 else 0.0
-            p.copy_(
-                (1 - self.learning_rate * decay) * p - self.learning_rate * m_hat / (v_hat.sqrt() + self.eps)
-            )
+            p.copy_((1 - self.learning_rate * decay) * p - self.learning_rate * m_hat / (v_hat.sqrt() + self.eps))
 
 
 def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float = 0.1) -> float:

@@ -1,0 +1,570 @@
+"""The `minimac-mlx` command: parse, call one function, print.
+
+Results go to stdout (with --json one JSON object), progress and errors to stderr. Heavy imports happen inside the
+commands, so that --help stays quick. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a damaged file,
+4 locked by another process, 130 interrupted.
+"""
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_impl.config import LOSS_ON, PRESETS, ContinualLearningConfig, TrainConfig, default_of, help_of
+from mlx_impl.errors import InputError, MiniMacError
+
+PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+
+
+def setting(cls: type, name: str, flag: str | None = None, kind: Any = None) -> Callable:
+    """A click option made from a configuration's field: its default and its help stand there."""
+    default = default_of(cls, name)
+    return click.option(
+        flag or f"--{name.replace('_', '-')}",
+        name,
+        type=kind or type(default),
+        default=None,
+        help=help_of(cls, name) + (f"  [default: {default}]" if default is not None else ""),
+    )
+
+
+def common(model: bool = True) -> Callable:
+    """The options that every command has: --json, --quiet, --debug, and --model and --store where it uses one."""
+
+    def decorate(function: Callable) -> Callable:
+        options = [
+            click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
+            click.option("--quiet", is_flag=True, help="no progress"),
+            click.option("--debug", is_flag=True, help="a traceback when something fails"),
+        ]
+        if model:
+            options += [
+                click.option(
+                    "-m",
+                    "--model",
+                    type=click.Path(path_type=Path),
+                    help="model directory  [default: the last one pulled]",
+                ),
+                click.option(
+                    "--store",
+                    type=click.Path(path_type=Path),
+                    help="where lessons are kept  [default: MODEL/learner]",
+                ),
+            ]
+        for option in reversed(options):
+            function = option(function)
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, debug: bool, **values: Any) -> None:
+            click.get_current_context().find_root().obj = debug
+            function(*args, **values)
+
+        return wrapped
+
+    return decorate
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were set."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
+    """Print a result: as JSON, or as text for a person."""
+    click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="minimac-mlx")
+def cli() -> None:
+    """A local language model that keeps learning.
+
+    Teach it a file in seconds, see what it learned, take it back.
+
+    \b
+      minimac-mlx pull                        a base to start from (SmolLM2-135M)
+      minimac-mlx learn notes.md              teach it a file
+      minimac-mlx generate "My notes say"     let it speak
+      minimac-mlx undo                        take the lesson back
+    """
+
+
+@cli.command(short_help="Get a base model to start from.")
+@click.argument("source", required=False)
+@click.option("--force", is_flag=True, help="replace a model of the same name")
+@common(model=False)
+def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
+    """Get a base model: SmolLM2-135M without a name, else a .gguf file, a folder or a hub id.
+
+    \b
+    Examples:
+      minimac-mlx pull
+      minimac-mlx pull HuggingFaceTB/SmolLM2-360M-Instruct
+      minimac-mlx pull ./model.gguf
+    """
+    from mlx_impl.console import Reporter
+    from mlx_impl.pull import pull as fetch
+
+    with Reporter(quiet) as reporter:
+        directory = fetch(source, progress=reporter.say, force=force)
+    emit(as_json, {"model": str(directory)}, f"{directory} is now the default model")
+
+
+@cli.command(short_help="Teach the model a text.")
+@PATHS
+@click.option("--text", help="text to learn, instead of files")
+@click.option("--domain", default="main", show_default=True, help="what the lesson belongs to")
+@click.option("--source", help="label of the lesson  [default: the file's name]")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="wall time, measuring included")
+@click.option("--steps", type=int, help="optimizer steps, instead of a time")
+@click.option("--epochs", type=float, default=1.0, show_default=True, help="passes over the text")
+@setting(ContinualLearningConfig, "learning_rate", "--lr")
+@setting(ContinualLearningConfig, "lora_r", "--rank")
+@setting(ContinualLearningConfig, "batch_size")
+@setting(ContinualLearningConfig, "holdout")
+@setting(ContinualLearningConfig, "loss_on", kind=click.Choice(LOSS_ON))
+@setting(ContinualLearningConfig, "seed")
+@common()
+def learn(
+    paths: tuple[Path, ...],
+    text: str | None,
+    domain: str,
+    source: str | None,
+    seconds: float,
+    steps: int | None,
+    epochs: float,
+    model: Path | None,
+    store: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Teach the model files, folders, --text, or - for stdin.
+
+    The base model stays as it is; what is learned is kept beside it and can be taken back with undo.
+
+    \b
+    Examples:
+      minimac-mlx learn notes.md
+      minimac-mlx learn papers/ --domain medical --seconds 300
+      minimac-mlx learn --text "The office key is under the third flower pot."
+      cat log.txt | minimac-mlx learn -
+    """
+    from mlx_impl import readers
+    from mlx_impl.console import Reporter, lesson_text
+    from mlx_impl.learner import ContinualLearner
+    from mlx_impl.session import Budget
+
+    if text is not None:
+        documents, label = [readers.text_document(text, "text")], "text"
+    elif paths == (Path("-"),):
+        documents, label = [readers.text_document(_stdin(), "stdin")], "stdin"
+    elif paths:
+        documents, label = (
+            list(readers.read_documents(paths)),
+            paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more",
+        )
+    else:
+        raise InputError("nothing to learn: name files, or use --text, or - for stdin")
+    if options["lora_r"] is not None:
+        options["lora_alpha"] = 2.0 * options["lora_r"]  # the scale stays what the learning rate was chosen for
+    config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
+    budget = Budget(seconds, epochs, steps)
+    with Reporter(quiet) as reporter:
+        learner = ContinualLearner.from_checkpoint(_model(model), config, store)
+        lesson = learner.learn(documents, domain, source or label, budget, reporter)
+    record = lesson.as_json()
+    emit(as_json, record, lesson_text(record))
+
+
+@cli.command(short_help="Continue a prompt.")
+@click.argument("prompt")
+@click.option(
+    "--domain",
+    default=None,
+    help="a domain's name, or none for the bare base  [default: main if it has lessons]",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the likeliest token")
+@click.option("--top-k", type=int, default=0, show_default=True, help="choose among the k likeliest; 0 is off")
+@click.option("--top-p", type=float, default=0.95, show_default=True, help="choose among the likeliest of this mass")
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="drop what is this much less likely than the first",
+)
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--stop", multiple=True, help="end before this text; may be given several times")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--chat", is_flag=True, help="put the prompt into the model's chat template, as a user's message")
+@click.option("--window", type=int, help="keep this many tokens in the cache, so that memory stays bounded")
+@common()
+def generate(
+    prompt: str,
+    domain: str | None,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    chat: bool,
+    window: int | None,
+    model: Path | None,
+    store: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Continue a prompt; - reads it from stdin.
+
+    \b
+    Examples:
+      minimac-mlx generate "The capital of France is" --max-tokens 8 --temperature 0
+      minimac-mlx generate --chat "Explain photosynthesis to a child."
+      minimac-mlx generate "The patient" --domain medical
+    """
+    from mlx_impl.generate import Sampling, complete
+    from mlx_impl.learner import ContinualLearner
+
+    settings = Sampling(**sampling)
+    prompt = _stdin() if prompt == "-" else prompt
+    learner = ContinualLearner.from_checkpoint(_model(model), store=store)
+    used = learner.choose(domain)
+    ids = learner.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
+    live = not as_json
+    result = complete(
+        learner.model,
+        learner.tokenizer,
+        ids,
+        max_tokens,
+        settings,
+        stop,
+        window,
+        (lambda piece: click.echo(piece, nl=False)) if live else (lambda piece: None),
+    )
+    record = {
+        "text": result.text,
+        "tokens": len(result.tokens),
+        "domain": used,
+        "finish": result.finish,
+        "prompt_tokens_per_second": result.prompt_tokens_per_second,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    emit(as_json, record, "")
+
+
+@cli.command("eval", short_help="Measure how well a text is predicted.")
+@PATHS
+@click.option(
+    "--domain",
+    default=None,
+    help="a domain's name, or none for the bare base  [default: main if it has lessons]",
+)
+@click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="tokens a window")
+@common()
+def evaluate(
+    paths: tuple[Path, ...],
+    domain: str | None,
+    context: int,
+    model: Path | None,
+    store: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how well the model predicts files: loss, perplexity, bits per byte, accuracy.
+
+    \b
+    Example:
+      minimac-mlx eval notes.md --domain main
+    """
+    from mlx_impl.console import evaluation_text
+    from mlx_impl.learner import ContinualLearner
+    from mlx_impl.readers import read_documents
+
+    if not paths:
+        raise InputError("nothing to measure: name files or folders")
+    documents = list(read_documents(paths))
+    learner = ContinualLearner.from_checkpoint(_model(model), store=store)
+    used = learner.choose(domain)
+    record = {**learner.evaluate(documents, context).as_json(), "domain": used}
+    emit(as_json, record, evaluation_text(record))
+
+
+@cli.command("list", short_help="Show what has been learned.")
+@common()
+def list_domains(model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show the domains and their latest lessons.
+
+    \b
+    Example:
+      minimac-mlx list
+    """
+    from mlx_impl.console import domains_text
+    from mlx_impl.store import open_store
+
+    records = open_store(_model(model), store).overview()
+    emit(as_json, {"domains": records}, domains_text(records))
+
+
+@cli.command(short_help="Take a lesson back.")
+@click.argument("domain", default="main")
+@click.option("--to", metavar="VERSION", help="go to this version, like v0002")
+@common()
+def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Take the last lesson of a domain back; of a first lesson, remove the domain.
+
+    \b
+    Examples:
+      minimac-mlx undo
+      minimac-mlx undo medical --to v0002
+    """
+    from mlx_impl.store import open_store, version_number
+
+    lessons = open_store(_model(model), store)
+    number = version_number(to) if to is not None else None
+    with lessons.writing():
+        before = lessons.require(domain)
+        head = lessons.undo(domain, number)
+    now = f"{domain} is at {head.name}" if head else f"{domain} had no other lesson and is removed"
+    emit(
+        as_json,
+        {"domain": domain, "undone": before.name, "version": head.name if head else None},
+        f"undone {before.name}; {now}",
+    )
+
+
+@cli.command(short_help="Train a tokenizer.")
+@PATHS
+@click.option("--vocab-size", type=click.IntRange(300, 1_000_000), default=8000, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to write")
+@click.option(
+    "--min-frequency",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="pairs seen less often are not merged",
+)
+@click.option("--special-token", "special_tokens", multiple=True, help="a token of its own; may be given several times")
+@common(model=False)
+def tokenizer(
+    paths: tuple[Path, ...],
+    vocab_size: int,
+    out: Path,
+    min_frequency: int,
+    special_tokens: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train a tokenizer on files.
+
+    \b
+    Example:
+      minimac-mlx tokenizer books/ --vocab-size 8000 --out tok
+    """
+    from mlx_impl.files import atomic_folder
+    from mlx_impl.readers import read_documents
+    from mlx_impl.tokenizer import Tokenizer
+
+    if not paths:
+        raise InputError("nothing to train on: name files or folders")
+    if out.exists():
+        raise InputError(f"{out} exists already; name another folder or remove it first")
+    texts = (document.text for document in read_documents(paths))
+    trained = Tokenizer.train(texts, vocab_size, min_frequency, special_tokens)
+    with atomic_folder(out) as folder:
+        trained.save(folder)
+    emit(
+        as_json,
+        {"tokenizer": str(out), "vocab_size": trained.vocab_size},
+        f"{out}: {trained.vocab_size:,} tokens",
+    )
+
+
+@cli.command(short_help="Train a model.")
+@PATHS
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="model directory to write")
+@click.option("--config", help=f"a preset ({', '.join(PRESETS)}) or a YAML file  [default: medium]")
+@click.option("--init", type=click.Path(path_type=Path), help="go on from this model directory")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer folder  [default: one is trained on the text]",
+)
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(300, 1_000_000),
+    default=8000,
+    show_default=True,
+    help="of a tokenizer that is trained",
+)
+@click.option(
+    "--eval-data",
+    type=click.Path(path_type=Path),
+    help="text to measure on  [default: 2 % of the text, held out]",
+)
+@click.option("--resume", is_flag=True, help="go on with the run in --out")
+@setting(TrainConfig, "epochs")
+@setting(TrainConfig, "steps", kind=int)
+@setting(TrainConfig, "minutes", kind=float)
+@setting(TrainConfig, "batch_size")
+@setting(TrainConfig, "grad_accum")
+@setting(TrainConfig, "seq_len", kind=int)
+@setting(TrainConfig, "lr")
+@setting(TrainConfig, "warmup")
+@setting(TrainConfig, "weight_decay")
+@setting(TrainConfig, "max_grad_norm")
+@setting(TrainConfig, "eval_every")
+@setting(TrainConfig, "save_every")
+@setting(TrainConfig, "loss_on", kind=click.Choice(LOSS_ON))
+@setting(TrainConfig, "seed")
+@click.option("--recompute", is_flag=True, default=None, help=help_of(TrainConfig, "recompute"))
+@common(model=False)
+def train(
+    paths: tuple[Path, ...],
+    out: Path,
+    config: str | None,
+    init: Path | None,
+    tokenizer: Path | None,
+    vocab_size: int,
+    eval_data: Path | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train a model from scratch, or on from --init.
+
+    \b
+    Examples:
+      minimac-mlx train books/ --out my-model --config small --minutes 30
+      minimac-mlx train --out my-model --resume
+      minimac-mlx train law.txt --init my-model --out my-lawyer --epochs 2 --lr 1e-4
+    """
+    from mlx_impl.console import Reporter, training_text
+    from mlx_impl.recipe import draw, run
+
+    with Reporter(quiet) as reporter:
+        try:
+            progress = run(
+                paths=paths,
+                out=out,
+                config=config,
+                init=init,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                eval_data=eval_data,
+                resuming=resume,
+                options=given(**options),
+                report=reporter,
+            )
+        finally:
+            draw(out)
+    record = {"model": str(out), **dataclasses.asdict(progress)}
+    emit(as_json, record, training_text(record))
+
+
+@cli.command(short_help="Show how this machine is doing.")
+@common(model=False)
+def doctor(as_json: bool, quiet: bool) -> None:
+    """Show this machine as minimac-mlx sees it, and what to do if something is wrong.
+
+    \b
+    Example:
+      minimac-mlx doctor
+    """
+    from mlx_impl import device
+    from mlx_impl.console import doctor_text
+
+    record = {**device.describe(), "model": _default_model(), "advice": device.advice()}
+    emit(as_json, record, doctor_text(record))
+
+
+@cli.command(short_help="See everything once, in a few minutes.")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="time for each of the two trainings")
+@common(model=False)
+def demo(seconds: float, as_json: bool, quiet: bool) -> None:
+    """Everything once: pull the base, train a tiny model from scratch, teach the base a file, take it back.
+
+    The text is Python's own language reference, which every Python brings along.
+
+    \b
+    Example:
+      minimac-mlx demo
+    """
+    from mlx_impl.console import Reporter
+    from mlx_impl.demo import demo as play
+
+    with Reporter(quiet) as reporter:
+        record = play(seconds, reporter, reporter.say if as_json else click.echo)
+    if as_json:
+        emit(as_json, record, "")
+
+
+def _model(named: Path | None) -> Path:
+    """The model directory to use: the one named, else the default."""
+    from mlx_impl.hub import default_model
+
+    return named if named is not None else default_model()
+
+
+def _default_model() -> str | None:
+    """The default model's folder, if there is one."""
+    from mlx_impl.hub import default_model
+
+    try:
+        return str(default_model())
+    except InputError:
+        return None
+
+
+def _stdin() -> str:
+    """All of stdin as text."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 text (byte {error.start:,})") from None
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    """One line and an exit code for what the operating system refused."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full; nothing was half-written, free some space and try again", 1
+    if isinstance(error, PermissionError):
+        return f"{where}permission denied", 1
+    if isinstance(error, FileNotFoundError):
+        return f"{where}no such file or folder", 2
+    return f"{where}{error.strerror or error}", 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a command, turn its errors into one line and an exit code."""
+    debug = "--debug" in (arguments if arguments is not None else sys.argv[1:])
+    try:
+        code = cli.main(arguments, prog_name="minimac-mlx", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has had enough
+        code = 0
+    except (MiniMacError, OSError) as error:
+        if debug:
+            raise
+        text, code = _explain(error) if isinstance(error, OSError) else (str(error), error.exit_code)
+        click.echo(f"{'' if code == 130 else 'error: '}{text}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

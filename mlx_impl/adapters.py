@@ -1,0 +1,42 @@
+"""Adapters as files: ordinary mlx-lm adapter folders, which `mlx_lm.generate --adapter-path` opens as they are."""
+
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_impl import lora, modeldir
+from mlx_impl.arrays import load
+from mlx_impl.base import BaseModel
+from mlx_impl.errors import DamagedFileError
+from mlx_impl.files import read_json
+
+
+def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, model: BaseModel) -> None:
+    """An mlx-lm adapter: `adapters.safetensors` (float32) and `adapter_config.json`."""
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays, {"format": "mlx"})
+    keys = sorted({path.split(".", 3)[3].rpartition(".")[0] for path in arrays})
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": len(model.layers),
+        "lora_parameters": {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": keys},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: Path) -> tuple[lora.Arrays, float]:
+    """Arrays and scale of an mlx-lm adapter folder; DamagedFileError for what cannot be one."""
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    parameters = config.get("lora_parameters")
+    if config.get("fine_tune_type", "lora") != "lora" or not isinstance(parameters, dict):
+        raise DamagedFileError(f"{where}: not a LoRA adapter (fine_tune_type {config.get('fine_tune_type')!r})")
+    scale = parameters.get("scale")
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise DamagedFileError(f"{where}: scale is {scale!r}, a number was expected")
+    path = folder / "adapters.safetensors"
+    modeldir.validate_safetensors(path)
+    arrays = load(path)
+    mx.eval(arrays)
+    return arrays, float(scale)

@@ -1,0 +1,29 @@
+"""Trees of arrays and flat mappings of them, with the types that MLX's own functions leave open."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+Tree = Any
+Arrays = dict[str, mx.array]
+
+
+def flatten(tree: Tree) -> Arrays:
+    """A tree's arrays under their dotted names, in the tree's order."""
+    flat = tree_flatten(tree)
+    assert isinstance(flat, list)
+    return {str(name): array for name, array in flat}
+
+
+def unflatten(arrays: Arrays) -> Tree:
+    """The tree of which `arrays` is the flat form."""
+    return tree_unflatten(list(arrays.items()))
+
+
+def load(path: Path) -> Arrays:
+    """The arrays of a safetensors file, read on first use. Check files from outside first (see `modeldir`)."""
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return arrays

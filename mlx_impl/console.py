@@ -1,0 +1,222 @@
+"""What a person sees while something runs: a live line on a terminal, JSON lines elsewhere, always on stderr.
+
+The rest of the package reports events, small dictionaries with an `event` key; only this file knows how they look.
+Results go to stdout and are the command's business. Imports neither MLX nor, unless it draws, rich.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+Event = dict[str, Any]
+SECONDS_BETWEEN_LINES = 1.0
+
+
+class Reporter:
+    """Show events until the `with` block ends. `quiet` shows none; without a terminal, steps come once a second."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+        self._last_line = 0.0
+        self._live: _Live | None = None
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if self.quiet:
+            return
+        if not self.terminal:
+            self._as_line(event)
+            return
+        if self._live is None:
+            self._live = _Live()
+        self._live.show(event)
+
+    def say(self, text: str) -> None:
+        """Show a line of text."""
+        self({"event": "note", "text": text})
+
+    def _as_line(self, event: Event) -> None:
+        if event["event"] == "note":
+            print(event["text"], file=sys.stderr, flush=True)
+            return
+        frequent = event["event"] in ("step", "tokenizing")
+        last = (
+            event.get("step") == event.get("steps")
+            if event["event"] == "step"
+            else event.get("done") == event.get("total")
+        )
+        now = time.monotonic()
+        if frequent and not last and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        if frequent:
+            self._last_line = now
+        print(json.dumps(event, ensure_ascii=False), file=sys.stderr, flush=True)
+
+
+class _Live:
+    """The terminal's view: lines that stay above one that moves."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._progress = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+        self._task: Any = None
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        handler: Callable[[Event], None] | None = getattr(self, f"_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _move(self, what: str, done: float, total: float | None, figures: str) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(what, figures=figures)
+        self._progress.update(self._task, description=what, completed=done, total=total, figures=figures)
+
+    def _line(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def _note(self, event: Event) -> None:
+        self._line(event["text"])
+
+    def _tokenizing(self, event: Event) -> None:
+        self._move("reading", event["done"], event["total"], f"{event['done'] / 1e6:,.1f} MB")
+
+    def _plan(self, event: Event) -> None:
+        self._line(plan_text(event))
+
+    def _begin(self, event: Event) -> None:
+        held = f", {event['heldout']:,} held out" if event["heldout"] else ""
+        self._line(f"{event['tokens']:,} tokens to learn{held}")
+
+    def _measured(self, event: Event) -> None:
+        self._line(f"loss {event['when']}: {event['loss']:.3f} nats per token")
+
+    def _step(self, event: Event) -> None:
+        figures = [f"loss {event['loss']:.3f}"]
+        if event.get("tokens_per_second"):
+            figures.append(f"{event['tokens_per_second']:,.0f} tok/s")
+        if event.get("eta_seconds") is not None:
+            figures.append(f"{duration(event['eta_seconds'])} left")
+        if event.get("peak_memory"):
+            figures.append(f"peak {event['peak_memory'] / 1e9:.1f} GB")
+        self._move(f"step {event['step']}/{event['steps']}", event["step"], event["steps"], " · ".join(figures))
+
+    def _eval(self, event: Event) -> None:
+        mark = ", the best so far" if event["best"] else ""
+        self._line(f"step {event['step']}: held-out loss {event['heldout_loss']:.3f}{mark}")
+
+    def _resumed(self, event: Event) -> None:
+        self._line(f"resumed after step {event['step']}")
+
+
+def plan_text(event: Event) -> str:
+    """What a training run will do and cost, in words."""
+    length = f"{event['steps']:,} steps of" if event["steps"] else "steps of"
+    return (
+        f"{event['parameters']:,} parameters, {event['tokens']:,} tokens, "
+        f"{event['tokens_per_parameter']:.2g} a parameter; "
+        f"{length} {event['tokens_per_step']:,} tokens in {event['dtype']}; "
+        f"predicted: {event['predicted_memory'] / 1e9:.1f} GB, {duration(event['predicted_seconds'])}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# -- results, as a person reads them -----------------------------------------------------------------------------
+
+
+def lesson_text(lesson: Event) -> str:
+    """What a lesson did."""
+    held = lesson.get("heldout")
+    figures = held or lesson["fit"]
+    where = (
+        f"held-out text ({figures['tokens']:,} tokens)" if held else "the text itself (too short to hold a part out)"
+    )
+    share = "" if lesson["complete"] else "; the time was up before the end of the text, --seconds gives it more"
+    return (
+        f"{lesson['domain']} {lesson['version']}: learned {lesson['source']} in {duration(lesson['seconds'])}, "
+        f"{lesson['steps']} steps of {lesson['batch_size']} windows{share}\n"
+        f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token"
+    )
+
+
+def evaluation_text(record: Event) -> str:
+    """What a model makes of a text."""
+    perplexity = f"{record['perplexity']:,.2f}" if record["perplexity"] is not None else "beyond all numbers"
+    return (
+        f"domain {record['domain'] or 'none'}, {record['tokens']:,} tokens\n"
+        f"loss           {record['loss']:.4f} nats per token\n"
+        f"perplexity     {perplexity}\n"
+        f"bits per byte  {record['bits_per_byte']:.4f}\n"
+        f"accuracy       {record['accuracy']:.1%} of next tokens"
+    )
+
+
+def domains_text(records: list[Event]) -> str:
+    """One line a domain."""
+    if not records:
+        return "nothing learned yet; teach it with `minimac-mlx learn`"
+    lines = []
+    for r in records:
+        figures = r.get("heldout") or r["fit"]
+        change = f"{'held-out' if 'heldout' in r else 'fit'} {figures['before']:.3f} -> {figures['after']:.3f}"
+        lessons = f"{r['lessons']} lesson{'s' if r['lessons'] > 1 else ''}"
+        lines.append(f"{r['domain']:<16} {r['version']}  {lessons:<11} {r['created'][:10]}  {change}  {r['source']}")
+    return "\n".join(lines)
+
+
+def training_text(record: Event) -> str:
+    """How a training run ended."""
+    best = (
+        ""
+        if record["best_loss"] is None
+        else f"; held-out loss {record['best_loss']:.3f} at step {record['best_step']}"
+    )
+    return (
+        f"{record['model']}: {record['step']:,} steps, {record['tokens']:,} tokens in {duration(record['seconds'])}, "
+        f"loss {record['loss']:.3f}{best}\nthe curve is in {record['model']}/loss.png"
+    )
+
+
+def doctor_text(record: Event) -> str:
+    """The machine, one fact a line, and the advice."""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    lines = [
+        f"chip      {record['chip']}, {record['cores']} cores",
+        f"memory    {record['memory_bytes'] / 2**30:.1f} GB",
+        f"system    {record['system']}, Python {record['python']}",
+        f"device    {record['device']}, computing in {record['dtype']}",
+        *([f"blas      {record['blas']}"] if record["blas"] else []),
+        f"packages  {packages}",
+        f"model     {record['model'] or 'none yet: run `minimac-mlx pull`'}",
+    ]
+    return "\n".join(lines + [f"! {line}" for line in record["advice"]] + ([] if record["advice"] else ["all is well"]))

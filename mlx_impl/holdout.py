@@ -1,0 +1,142 @@
+"""Which part of a text is held out for measuring: whole documents, or blocks of the few there are.
+
+The choice is a function of the seed and the units' text alone, not of their order, and equal units fall on the same
+side, so that nothing that is measured was trained on.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_impl.errors import InputError
+from mlx_impl.readers import Document
+
+FEW_DOCUMENTS = 10
+"""Below so many documents the held-out part is drawn from their paragraphs."""
+SMALLEST_BLOCK = 50
+"""Tokens that a held-out paragraph has at least; shorter ones are joined to their neighbour."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is held out or kept as a whole: a document (by its index) or a block of one."""
+
+    document: int
+    text: str
+    tokens: int
+
+
+def split_holdout(
+    documents: list[Document], fraction: float, max_tokens: int, count: Callable[[str], int], seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Divide into (train, heldout), with about `fraction` of the tokens, at most `max_tokens`, held out.
+
+    Whole documents are held out where there are at least `FEW_DOCUMENTS`; of fewer, or where these are too
+    long to come near the size wanted, blocks of the plain texts: paragraphs, else lines, sentences, words.
+    The blocks of a document that fall on one side stay one document, in their order. Equal units fall on the
+    same side. `count` gives the tokens of a text. The choice depends on the units' text and the seed alone.
+    The training part is never empty; the held-out part is, if there is nothing that can be divided.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"--holdout {fraction}: must be at least 0 and less than 1")
+    whole = _joined(documents)
+    held: set[_Unit] = set()
+    units: list[_Unit] = []
+    for cut in _CUTS[1:] if len(whole) < FEW_DOCUMENTS else _CUTS:
+        units = [unit for index, document in enumerate(whole) for unit in _units(index, document, cut, count)]
+        wanted = min(max_tokens, fraction * sum(unit.tokens for unit in units))
+        held = _draw(units, wanted, max_tokens, seed)
+        if sum(unit.tokens for unit in units if unit in held) >= wanted / 2:
+            break
+    train = _gathered(whole, [unit for unit in units if unit not in held])
+    return train, _gathered(whole, [unit for unit in units if unit in held])
+
+
+def _joined(documents: list[Document]) -> list[Document]:
+    """The documents with the pieces of long texts put together again."""
+    whole: list[Document] = []
+    parts: list[str] = []
+    for document in documents:
+        if document.ends and not parts:
+            whole.append(document)
+            continue
+        parts.append(document.text)
+        if document.ends:
+            whole.append(Document(document.name, "".join(parts)))
+            parts = []
+    return whole
+
+
+def _units(index: int, document: Document, cut: Callable[[str], list[str]], count: Callable[[str], int]) -> list[_Unit]:
+    """A plain text cut into blocks of at least `SMALLEST_BLOCK` tokens; anything else is one unit."""
+    parts = cut(document.text) if isinstance(document.content, str) else [document.text]
+    blocks: list[_Unit] = []
+    for part in parts:
+        if blocks and blocks[-1].tokens < SMALLEST_BLOCK:
+            blocks[-1] = _Unit(index, blocks[-1].text + part, blocks[-1].tokens + count(part))
+        else:
+            blocks.append(_Unit(index, part, count(part)))
+    if len(blocks) > 1 and blocks[-1].tokens < SMALLEST_BLOCK:
+        last = blocks.pop()
+        blocks[-1] = _Unit(index, blocks[-1].text + last.text, blocks[-1].tokens + last.tokens)
+    return blocks
+
+
+def _draw(units: list[_Unit], wanted: float, max_tokens: int, seed: int) -> set[_Unit]:
+    """Units of together at most `wanted` tokens, drawn in the order of a hash of seed and text.
+
+    Equal ones go together. Where not one is small enough, the smallest, if it leaves at least half to train
+    on.
+    """
+    alike: dict[str, list[_Unit]] = {}
+    for unit in units:
+        alike.setdefault(unit.text.strip(), []).append(unit)
+    sizes = {text: sum(unit.tokens for unit in group) for text, group in alike.items()}
+    room, chosen = wanted, []
+    for text in sorted(sizes, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest()):
+        if 0 < sizes[text] <= room:
+            chosen.append(text)
+            room -= sizes[text]
+    smallest = min(sizes, key=lambda text: sizes[text], default="")
+    if not chosen and wanted > 0 and sizes[smallest] <= min(max_tokens, sum(sizes.values()) / 2):
+        chosen = [smallest]
+    return {unit for text in chosen for unit in alike[text]}
+
+
+def _gathered(whole: list[Document], units: list[_Unit]) -> list[Document]:
+    """The documents that these units make up; the units of each are in their order."""
+    texts: dict[int, list[str]] = {}
+    for unit in units:
+        texts.setdefault(unit.document, []).append(unit.text)
+    return [
+        Document(whole[index].name, "".join(parts)) if isinstance(whole[index].content, str) else whole[index]
+        for index, parts in texts.items()
+    ]
+
+
+def _lines(text: str) -> list[str]:
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Runs of lines, each with the blank lines that follow it."""
+    blocks: list[list[str]] = []
+    previous = "\n"
+    for line in _lines(text):
+        if not blocks or (line.strip() and not previous.strip()):
+            blocks.append([])
+        blocks[-1].append(line)
+        previous = line
+    return ["".join(block) for block in blocks]
+
+
+_CUTS: list[Callable[[str], list[str]]] = [
+    lambda text: [text],
+    _paragraphs,
+    _lines,
+    lambda text: re.findall(r"(?s).+?(?:[.!?]\s+|[。！？]\s*|\Z)", text),
+    lambda text: re.findall(r"\S+\s*|\s+", text),
+    lambda text: re.findall(r"(?s).{1,64}", text),
+]
+"""Ways to cut a text, coarsest first: not at all, at blank lines, lines, sentences, words, anywhere."""

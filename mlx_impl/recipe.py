@@ -1,0 +1,298 @@
+"""From files and options to a training run: what `minimac-mlx train` does before and around the loop.
+
+Everything that can be wrong with the input is found before the output directory is touched. The request itself is
+kept in the directory, so that `--resume` needs nothing but its name.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import yaml
+
+from mlx_impl import checkpoint, data, files, modeldir, readers
+from mlx_impl.config import PRESETS, ModelConfig, TrainConfig, checked
+from mlx_impl.device import dtype_name, training_dtype
+from mlx_impl.errors import InputError
+from mlx_impl.model import ContinualLLM
+from mlx_impl.plots import plot_losses
+from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.train import Progress, Trainer, total_steps
+from mlx_impl.windows import Batches, Windows
+
+Event = dict[str, Any]
+SAMPLE_BYTES = 100_000_000
+"""Text that a new tokenizer is trained on, at most: more changes the merges little and costs memory."""
+
+HELD_OUT_SHARE = 0.02
+REQUEST = "run.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    paths: tuple[Path, ...]
+    out: Path
+    train: TrainConfig = TrainConfig()
+    model: ModelConfig = PRESETS["medium"]
+    init: Path | None = None
+    tokenizer: Path | None = None
+    vocab_size: int = 8000
+    eval_data: Path | None = None
+
+
+def run(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    config: str | None,
+    init: Path | None,
+    tokenizer: Path | None,
+    vocab_size: int,
+    eval_data: Path | None,
+    resuming: bool,
+    options: dict[str, Any],
+    report: Callable[[Event], None],
+) -> Progress:
+    """What `minimac-mlx train` does: start a run, or resume the one in `out`. `options` are fields of TrainConfig."""
+    if resuming:
+        other = {"PATH": paths, "--config": config, "--init": init, "--tokenizer": tokenizer, "--eval-data": eval_data}
+        if named := [name for name, value in other.items() if value]:
+            raise InputError(f"--resume goes on with the same data and model; leave out {', '.join(named)}")
+        return resume(out, options, report)
+    if not paths:
+        raise InputError("nothing to train on: name files or folders")
+    if config and init:
+        raise InputError("--config and --init exclude each other: the model in --init has its configuration")
+    model, settings = read_config(config) if config else (PRESETS["medium"], {})
+    train = TrainConfig(**{**settings, **options})
+    return start(Request(tuple(paths), out, train, model, init, tokenizer, vocab_size, eval_data), report)
+
+
+def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """A preset by its name, or a YAML file: `model` (with `preset` or every field of its own) and `train`.
+
+    Returns the model's configuration and the training options in the file. Unknown keys are an InputError.
+    """
+    if name in PRESETS:
+        return PRESETS[name], {}
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"--config {name}: no preset ({', '.join(PRESETS)}) and no file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise InputError(f"{path}: the mappings `model:` and `train:` were expected")
+    unknown = sorted(set(content) - {"model", "train"})
+    if unknown:
+        raise InputError(f"{path}: {', '.join(map(str, unknown))} (unknown); known keys are model, train")
+    model = dict(content.get("model", {}))
+    preset = model.pop("preset", "medium")
+    if preset not in PRESETS:
+        raise InputError(f"{path}: preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+    derived = {"head_dim": None} if {"d_model", "num_query_heads"} & set(model) else {}
+    checked(ModelConfig, model, f"{path}, model")
+    train = content.get("train", {})
+    checked(TrainConfig, train, f"{path}, train")
+    return replace(PRESETS[preset], **{**derived, **model}), train
+
+
+def start(request: Request, report: Callable[[Event], None]) -> Progress:
+    """Prepare and run a new training. The output directory must be new or empty."""
+    refuse(request.out)
+    readers.find_files([*request.paths, *([request.eval_data] if request.eval_data else [])])
+    tokenizer = _tokenizer(request, report)
+    train, heldout = _data(request, tokenizer, report)
+    model = _model(request, tokenizer)
+    batches = _batches(request.train, model.config, train)
+    request.out.mkdir(parents=True, exist_ok=True)
+    with files.locked(request.out / ".lock", str(request.out)):
+        checkpoint.begin(request.out, model.config, tokenizer)
+        (request.out / "trainer").mkdir(exist_ok=True)
+        files.write_json(request.out / "trainer" / REQUEST, _as_json(request))
+        trainer = _trainer(request, model, batches, heldout, report)
+        report(forecast(trainer, len(train)))
+        trainer.start()
+        return trainer.run()
+
+
+def resume(out: Path, changes: dict[str, Any], report: Callable[[Event], None]) -> Progress:
+    """Go on with the run in `out`; `changes` replaces fields of its training configuration (its length)."""
+    if not (out / "trainer" / REQUEST).is_file():
+        raise InputError(f"{out}: no training to resume there")
+    with files.locked(out / ".lock", str(out)):
+        for folder in (out, out / "trainer"):
+            files.sweep(folder)
+        request = _from_json(files.read_json(out / "trainer" / REQUEST), out)
+        request = replace(request, train=replace(request.train, **changes))
+        tokenizer = Tokenizer.load(out)
+        train, heldout = _data(request, tokenizer, report)
+        config = ModelConfig.from_hf(files.read_json(out / modeldir.CONFIG), str(out / modeldir.CONFIG))
+        model = ContinualLLM(config, request.train.seed)
+        trainer = _trainer(request, model, _batches(request.train, config, train), heldout, report)
+        report(forecast(trainer, len(train)))
+        trainer.resume()
+        return trainer.run()
+
+
+def refuse(out: Path) -> None:
+    """InputError for an output directory that training must not write to."""
+    if (out / "learner" / "learner.sqlite").exists():
+        raise InputError(f"{out} holds lessons, which belong to its weights; train into another directory")
+    if (out / "trainer" / REQUEST).is_file():
+        raise InputError(f"{out} holds a training run; go on with --resume or name another directory")
+    if out.is_file() or (out.is_dir() and any(path.name != ".lock" for path in out.iterdir())):
+        raise InputError(f"{out} exists already; name another directory or remove it first")
+
+
+def forecast(trainer: Trainer, tokens: int) -> Event:
+    """What the run will cost, before it starts. Memory in bytes; seconds from a short measured multiplication."""
+    config, model = trainer.config, trainer.model.config
+    batches = trainer.batches
+    per_step = batches.rows * batches.windows.seq_len * config.grad_accum
+    steps = total_steps(config, batches)
+    parameters = model.num_parameters()
+    rate = _matmul_rate()
+    seconds = 60 * config.minutes if config.minutes is not None else steps * per_step * step_flops(model) / rate / 0.4
+    return {
+        "event": "plan",
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "steps": steps if config.minutes is None else None,
+        "tokens_per_step": per_step,
+        "predicted_memory": predicted_memory(model, batches.rows, batches.windows.seq_len, config.recompute),
+        "predicted_seconds": seconds,
+        "dtype": dtype_name(trainer.dtype),
+    }
+
+
+def step_flops(config: ModelConfig) -> int:
+    """Floating-point operations of training on one token: 6 for each weight that multiplies (Kaplan et al. 2020)."""
+    unused = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    return 6 * (config.num_parameters() - unused)
+
+
+def predicted_memory(config: ModelConfig, rows: int, length: int, recompute: bool) -> int:
+    """Peak bytes of a float32 training step: weights, moments, gradients and their successors, and activations.
+
+    Activations a token: in each layer about 14 vectors of the model's width, 5 of d_ff and three rows of attention
+    scores a head; four rows of logits. With recomputation one layer's activations and the layers' inputs.
+    """
+    layer = 14 * config.d_model + 5 * config.d_ff + 3 * config.num_query_heads * length
+    layers = config.num_layers * (config.d_model if recompute else layer) + (layer if recompute else 0)
+    return 4 * (7 * config.num_parameters() + rows * length * (layers + 4 * config.vocab_size))
+
+
+def _matmul_rate() -> float:
+    """Floating-point operations a second of a square multiplication, measured over about a tenth of a second."""
+    a = mx.random.normal((512, 512), key=mx.random.key(0))
+    mx.eval(a @ a)
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        mx.eval(a @ a)
+        done += 2 * 512**3
+    return done / (time.perf_counter() - started)
+
+
+def _tokenizer(request: Request, report: Callable[[Event], None]) -> Tokenizer:
+    folder = request.tokenizer or request.init
+    if folder is not None:
+        return Tokenizer.load(folder)
+    report({"event": "note", "text": f"training a tokenizer of {request.vocab_size:,} tokens on the text"})
+
+    def sample() -> Any:
+        left = SAMPLE_BYTES
+        for document in readers.read_documents(request.paths):
+            if left <= 0:
+                return
+            left -= len(document.text.encode())
+            yield document.text
+
+    return Tokenizer.train(sample(), request.vocab_size)
+
+
+def _data(
+    request: Request, tokenizer: Tokenizer, report: Callable[[Event], None]
+) -> tuple[data.TokenFile, data.Tokens | None]:
+    """Training and held-out tokens. Without --eval-data the end of the text is held out."""
+    cache = files.home() / "cache" / "tokens"
+    cache.mkdir(parents=True, exist_ok=True)
+
+    def progress(done: int, total: int) -> None:
+        report({"event": "tokenizing", "done": done, "total": total})
+
+    loss_on, most = request.train.loss_on, request.train.eval_tokens
+    everything = data.tokenize_files(request.paths, tokenizer, cache, loss_on, progress)
+    if request.eval_data is not None:
+        other = data.tokenize_files([request.eval_data], tokenizer, cache, loss_on)
+        return everything, _stretch(other, 0, min(most, len(other)))
+    length = min(int(HELD_OUT_SHARE * len(everything)), most)
+    if length < 64:
+        report({"event": "note", "text": "the text is too short to hold a part out; name one with --eval-data"})
+        return everything, None
+    kept = len(everything) - length
+    return everything.head(kept), _stretch(everything, kept, len(everything))
+
+
+def _stretch(tokens: data.TokenFile, start: int, stop: int) -> data.Tokens:
+    """Some tokens of a stream, in memory."""
+    ids, trained = tokens.span(start, stop)
+    return data.Tokens(ids, trained if tokens.masked else None, tokens.n_documents, tokens.n_bytes)
+
+
+def _model(request: Request, tokenizer: Tokenizer) -> ContinualLLM:
+    if request.init is not None:
+        model = ContinualLLM.from_checkpoint(request.init)
+        tokenizer.check_fits(model.vocab_size)
+        return model
+    config = replace(
+        request.model,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
+    return ContinualLLM(config, request.train.seed)
+
+
+def _batches(config: TrainConfig, model: ModelConfig, tokens: data.TokenFile) -> Batches:
+    length = config.seq_len or min(model.max_seq_len, 512)
+    if length > model.max_seq_len:
+        raise InputError(f"--seq-len {length} is longer than the model's context of {model.max_seq_len} tokens")
+    return Batches(Windows(tokens, length), config.batch_size, config.seed)
+
+
+def _trainer(
+    request: Request,
+    model: ContinualLLM,
+    batches: Batches,
+    heldout: data.Tokens | None,
+    report: Callable[[Event], None],
+) -> Trainer:
+    about = {"init": str(request.init) if request.init else None, "data": batches.windows.tokens.digest}
+    return Trainer(request.out, model, request.train, batches, heldout, report, training_dtype(), about)
+
+
+def draw(out: Path) -> None:
+    """`loss.png` beside the metrics, if there are any."""
+    if (out / "metrics.jsonl").is_file():
+        plot_losses(checkpoint.read_metrics(out / "metrics.jsonl"), out / "loss.png")
+
+
+def _as_json(request: Request) -> dict[str, Any]:
+    evaluation = str(request.eval_data.resolve()) if request.eval_data else None
+    paths = [str(path.resolve()) for path in request.paths]
+    return {"paths": paths, "eval_data": evaluation, "train": asdict(request.train)}
+
+
+def _from_json(saved: dict[str, Any], out: Path) -> Request:
+    evaluation = Path(saved["eval_data"]) if saved["eval_data"] else None
+    train = checked(TrainConfig, saved["train"], str(out / "trainer" / REQUEST))
+    return Request(tuple(Path(p) for p in saved["paths"]), out, train, eval_data=evaluation)
