@@ -53,8 +53,8 @@ def save_state(folder: Path, step: int, parameters: Tree, optimizer_state: Tree,
     """
     target = folder / f"step-{step:08d}"
     with files.atomic_folder(target, replace=True) as temporary:
-        mx.save_safetensors(str(temporary / "parameters.safetensors"), flatten(parameters))
-        mx.save_safetensors(str(temporary / "optimizer.safetensors"), flatten(optimizer_state))
+        for name, tree in (("parameters", parameters), ("optimizer", optimizer_state)):
+            mx.save_safetensors(str(temporary / f"{name}.safetensors"), dict(sorted(flatten(tree).items())))
         digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
         random = mx.random.state[0].tolist()  # type: ignore[index]
         state = {"version": STATE_VERSION, "step": step, "random": random, "files": digests}

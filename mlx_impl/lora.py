@@ -102,7 +102,8 @@ def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float
     detach(model)
     modules: dict[str, Any] = dict(model.named_modules())
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
-    wrong = [problem for path in paths for problem in _misfits(path, modules.get(path), arrays)]
+    wrong = [f"{name} is neither lora_a nor lora_b" for name in arrays if not name.endswith((".lora_a", ".lora_b"))]
+    wrong += [problem for path in paths for problem in _misfits(path, modules.get(path), arrays)]
     if wrong or not paths:
         raise DamagedFileError(f"the adapter does not fit the model: {'; '.join(wrong) or 'it holds no arrays'}")
     swapped = []

@@ -23,6 +23,8 @@ from mlx_impl.files import atomic_folder, read_json, sha256, write_json
 FORMAT_VERSION = 1
 MANIFEST = "minimac.json"
 CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+LOSS_PLOT = "loss.png"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -330,8 +332,12 @@ def _write_tensor(file: BinaryIO, at: int, name: str, array: np.ndarray, dtype: 
 def write_manifest(
     directory: Path, source: Mapping[str, Any] | None = None, training: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write `minimac.json` over the files now in `directory`, its subfolders left out; returns it."""
-    names = sorted(p.name for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
+    """Write `minimac.json` over the model's files in `directory`; returns it.
+
+    A training run's own files, which go on changing, hidden ones and subfolders are left out.
+    """
+    others = {MANIFEST, METRICS, LOSS_PLOT}
+    names = sorted(p.name for p in directory.iterdir() if p.is_file() and p.name[0] != "." and p.name not in others)
     manifest = {
         "format_version": FORMAT_VERSION,
         "files": {name: sha256(directory / name) for name in names},

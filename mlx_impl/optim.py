@@ -53,7 +53,8 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float 
 
 def clip_by_global_norm(gradients: Tree, limit: float) -> tuple[Tree, mx.array]:
     """Scale the whole tree to a norm of at most `limit` (Pascanu et al. 2013); returns it and the norm before."""
-    squares = [gradient.astype(mx.float32).square().sum() for gradient in flatten(gradients).values()]
+    # In the order of names: a tree read from a file has another order, and float sums depend on it.
+    squares = [gradient.astype(mx.float32).square().sum() for _, gradient in sorted(flatten(gradients).items())]
     norm = mx.sqrt(sum(squares, mx.array(0.0)))
     factor = mx.minimum(limit / (norm + 1e-6), 1.0)
     return tree_map(lambda g: g * factor, gradients), norm

@@ -25,7 +25,8 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if steps or heldout:
+        axes.legend(frameon=False)
     with files.atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 

@@ -282,8 +282,8 @@ def _trainer(
 
 def draw(out: Path) -> None:
     """`loss.png` beside the metrics, if there are any."""
-    if (out / "metrics.jsonl").is_file():
-        plot_losses(checkpoint.read_metrics(out / "metrics.jsonl"), out / "loss.png")
+    if (out / modeldir.METRICS).is_file():
+        plot_losses(checkpoint.read_metrics(out / modeldir.METRICS), out / modeldir.LOSS_PLOT)
 
 
 def _as_json(request: Request) -> dict[str, Any]:

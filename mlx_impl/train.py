@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_impl import checkpoint
+from mlx_impl import checkpoint, modeldir
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import TokenFile, Tokens
 from mlx_impl.errors import InputError, Interrupted, NonFiniteLossError
@@ -93,7 +93,7 @@ class Trainer:
         loss = loss_of(self.model, self.dtype)
         self.stepper = Stepper(self.model.parameters(), optimizer, loss, self.config.max_grad_norm, can_compile())
         self.total = total_steps(self.config, self.batches)
-        self.metrics = self.directory / "metrics.jsonl"
+        self.metrics = self.directory / modeldir.METRICS
         self._pending: tuple[int, StepResult, float] | None = None
         self._speed: list[float] = []  # tokens/s of the latest steps
 
@@ -128,7 +128,7 @@ class Trainer:
                 if stopped():
                     self._settle()
                     if self.progress.best_step is None:
-                        self._evaluate()  # so that there is a model to look at
+                        self._publish()  # so that there is a model to look at
                     self._save()
                     raise Interrupted(f"stopped after step {self.progress.step}; go on with --resume")
                 if self.progress.step % self.config.eval_every == 0:

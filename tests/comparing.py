@@ -134,6 +134,7 @@ def mlx_loss_gradients(model: Any, tokens: np.ndarray, mask: np.ndarray) -> tupl
     t, m = mx.array(tokens), mx.array(mask)
     value_and_grad = mlx.nn.value_and_grad(model, lambda: mlx_impl.loss.next_token_loss(model, t, m)[0])
     loss, gradients = value_and_grad()
+    mx.eval(loss, gradients)  # together: one by one, each would keep the others' activations alive
     return loss.item(), from_mlx(gradients)
 
 

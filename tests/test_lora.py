@@ -4,7 +4,6 @@ Most tests here ask for bit-identity and have no tolerance: an adapter that is o
 the base. Parity of the adapted model itself is in `test_parity.py`.
 """
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ from comparing import CONFIGS, adapter, assert_close, from_mlx, mlx_model, to_ml
 from mlx.utils import tree_flatten
 
 from mlx_impl import lora
+from mlx_impl.adapters import read_adapter, write_adapter
 from mlx_impl.config import LORA_TARGETS, PRESETS
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.lora import LoRAConfig
@@ -195,6 +195,7 @@ def test_every_misfit_is_named_at_once_and_the_model_stays_as_it_was() -> None:
     arrays[f"{at}.q_proj.lora_a"] = mx.zeros((5, 2))
     arrays["model.layers.9.mlp.up_proj.lora_a"] = mx.zeros((36, 2))
     arrays["model.norm.lora_a"] = mx.zeros((36, 2))
+    arrays[f"{at}.v_proj.m"] = mx.zeros((12,))  # DoRA's magnitude: left out, the logits would be wrong
     with pytest.raises(DamagedFileError) as refused:
         lora.attach_arrays(model, arrays, scale=1.0)
     for part in (
@@ -202,9 +203,10 @@ def test_every_misfit_is_named_at_once_and_the_model_stays_as_it_was() -> None:
         f"{at}.q_proj: lora_a [5, 2] and lora_b [2, 36] on a layer 36 -> 36",
         "model.layers.9.mlp.up_proj is no linear layer",
         "model.norm is no linear layer",
+        f"{at}.v_proj.m is neither lora_a nor lora_b",
     ):
         assert part in str(refused.value)
-    assert "v_proj" not in str(refused.value)
+    assert "o_proj" not in str(refused.value)
     assert np.array_equal(logits(model), expected)
     with pytest.raises(DamagedFileError, match="holds no arrays"):
         lora.attach_arrays(model, {}, scale=1.0)
@@ -235,16 +237,12 @@ def test_mlx_lm_opens_the_adapter_and_computes_the_same(tmp_path: Path) -> None:
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    rank, scale = 3, 2.5
+    shape = LoRAConfig(rank=3, alpha=7.5)
     model = base()
-    lora.attach_arrays(model, to_mlx(adapter(CONFIG, rank)), scale)
+    lora.attach_arrays(model, to_mlx(adapter(CONFIG, shape.rank)), shape.scale)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), lora.adapter_arrays(model))
-    keys = sorted({path.split(".", 3)[3] for path, _ in lora.lora_layers(model)})
-    settings = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
-    described = {"fine_tune_type": "lora", "num_layers": CONFIG.num_layers, "lora_parameters": settings}
-    (folder / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    write_adapter(folder, lora.adapter_arrays(model), shape, model)
 
     directory = write_model_directory(tmp_path / "model", CONFIG, weights(CONFIG), {}, {}, {})
     theirs, _ = load_model(directory)
@@ -254,3 +252,7 @@ def test_mlx_lm_opens_the_adapter_and_computes_the_same(tmp_path: Path) -> None:
     # Same kernels, other order of the sums: the adapter moves these logits by more than 1.
     assert_close("logits", logits(model), theirs(mx.array(TOKENS)), atol=1e-5)
     assert np.abs(logits(model) - unadapted).max() > 1
+
+    expected = logits(model)
+    lora.attach_arrays(model, *read_adapter(folder))
+    assert np.array_equal(logits(model), expected)
