@@ -247,11 +247,15 @@ def _wrong_rope_scaling(scaling: dict[str, Any] | None) -> list[str]:
     }
     if kind not in needed:
         return [f"rope_scaling: rope_type {kind!r} is not supported; linear and llama3 are"]
-    return [
+    wrong = [
         f"rope_scaling: {key} = {scaling.get(key)!r} must be a positive number ({kind} needs it)"
         for key in needed[kind]
         if not _is_positive(scaling.get(key))
     ]
+    if not wrong and kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wrong.append(f"rope_scaling: low_freq_factor = {low} must be less than high_freq_factor = {high}")
+    return wrong
 
 
 PRESETS: dict[str, ModelConfig] = {

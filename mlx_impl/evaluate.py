@@ -2,18 +2,22 @@
 
 Takes callables, so that any model under any adapter is measured by the same code. Windows overlap and each token
 counts once, with as much context to its left as fits. Bits are per byte of UTF-8, not per token, and therefore
-comparable between tokenizers.
+comparable between tokenizers. Where time is short fewer windows are measured, and a comparison is cut to those that
+both sides have.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_impl.data import Tokens
+from mlx_impl.errors import InputError
 from mlx_impl.loss import cross_entropy
 from mlx_impl.windows import Batch
 
@@ -28,6 +32,7 @@ class Evaluation:
     tokens: int = 0
     correct: int = 0
     bytes: int | None = None  # of the predicted tokens' text; None where it is not known
+    seconds: float = 0.0  # that the measuring took
 
     @property
     def loss(self) -> float:
@@ -60,16 +65,35 @@ class Evaluation:
         }
 
 
-def evaluate(
-    logits_of: Logits, windows: Iterable[Batch], text_bytes: int | None = None, seconds: float | None = None
-) -> Evaluation:
+def evaluate(logits_of: Logits, windows: Iterable[Batch], text_bytes: int | None = None) -> Evaluation:
     """Measure `logits_of` (tokens (B, T) -> (B, T, V)) over batches of tokens (B, T+1) and mask (B, T).
 
-    With `seconds` no further batch is begun once they have passed; the first is always finished.
+    `text_bytes` is the length of the predicted tokens' text. InputError where the mask counts no token at all.
     """
-    result = Evaluation(bytes=text_bytes)
-    started = time.perf_counter()
+    result = total(each(logits_of, windows))
+    if not result.tokens:
+        raise InputError("no token of this text counts, so there is nothing to measure")
+    result.bytes = text_bytes
+    return result
+
+
+def total(parts: Iterable[Evaluation]) -> Evaluation:
+    """The sums over several measurements."""
+    result = Evaluation()
+    for part in parts:
+        result.nats += part.nats
+        result.tokens += part.tokens
+        result.correct += part.correct
+        result.seconds += part.seconds
+    return result
+
+
+def each(logits_of: Logits, windows: Iterable[Batch]) -> Iterator[Evaluation]:
+    """Measure one batch after another, as they are asked for; those in which no token counts are left out."""
     for tokens, mask in windows:
+        if not mask.any():
+            continue
+        began = time.perf_counter()
         first = int(np.argmax(mask.any(axis=0)))  # what lies before is context only: its logits are not looked at
         rows, weight = mx.array(tokens), mx.array(mask[:, first:])
         logits = logits_of(rows[:, :-1])[:, first:]  # (B, t, V)
@@ -77,9 +101,64 @@ def evaluate(
         nats = (cross_entropy(logits, targets) * weight).sum()
         correct = ((mx.argmax(logits, axis=-1) == targets) * weight).sum()
         mx.eval(nats, correct)
-        result.nats += float(nats.item())  # type: ignore[arg-type]
-        result.correct += int(correct.item())  # type: ignore[arg-type]
-        result.tokens += int(mask.sum())
-        if seconds is not None and time.perf_counter() - started > seconds:
-            break
-    return result
+        yield Evaluation(
+            float(nats.item()),  # type: ignore[arg-type]
+            int(mask.sum()),
+            int(correct.item()),  # type: ignore[arg-type]
+            seconds=time.perf_counter() - began,
+        )
+
+
+def within(seconds: float, parts: Iterable[Evaluation]) -> Iterator[Evaluation]:
+    """Measurements for as long as another one is expected to fit, judged by the last; the first in any case."""
+    end = time.perf_counter() + seconds
+    for part in parts:
+        yield part
+        if time.perf_counter() + part.seconds > end:
+            return
+
+
+class Measuring:
+    """Texts measured before and after a lesson, on the same windows, as far as tokens and time allow.
+
+    The windows are those of evaluation without overlap, one at a time, from the start of each text.
+    """
+
+    def __init__(self, logits_of: Logits, seq_len: int) -> None:
+        self._logits_of, self._seq_len = logits_of, seq_len
+        self._texts: list[tuple[Tokens, list[Evaluation]]] = []
+        self.seconds = 0.0
+        """Time that `before` took, over all texts."""
+        self.speed = 0.0
+        """Tokens a second, forward, of the fastest window: the first one also reads weights from the disk."""
+
+    def before(self, text: Tokens, at_most: float, seconds: float) -> Evaluation:
+        """Measure a text until `at_most` tokens are counted or no further window fits; at least one window."""
+        parts: list[Evaluation] = []
+        for part in within(seconds, self._windows(text)):
+            parts.append(part)
+            if sum(part.tokens for part in parts) >= at_most:
+                break
+        self._texts.append((text, parts))
+        self.seconds += sum(part.seconds for part in parts)
+        length = min(self._seq_len, len(text) - 1)
+        self.speed = max(self.speed, length / min(part.seconds for part in parts))
+        return total(parts)
+
+    def after(self, seconds: float) -> list[tuple[Evaluation, Evaluation]]:
+        """(before, after) of each text in its order, of the first at least one window.
+
+        Where the time does not suffice, windows at the end are left out on both sides, and then whole texts.
+        """
+        end = time.perf_counter() + seconds
+        pairs: list[tuple[Evaluation, Evaluation]] = []
+        for text, before in self._texts:
+            left = end - time.perf_counter()
+            if pairs and left <= 0:
+                break
+            after = list(islice(within(left, self._windows(text)), len(before)))
+            pairs.append((total(before[: len(after)]), total(after)))
+        return pairs
+
+    def _windows(self, text: Tokens) -> Iterator[Evaluation]:
+        return each(self._logits_of, evaluation_windows(text, self._seq_len, self._seq_len))

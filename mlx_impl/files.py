@@ -1,8 +1,8 @@
 """Durable files and folders: what is written here is whole after a crash, or not there at all.
 
 The order is always: write beside the target, fsync, rename, fsync the parent. On macOS `os.fsync` does not reach
-the disk, `F_FULLFSYNC` does. A process killed on the way leaves only a name that starts with `.tmp-`, which
-`sweep` removes.
+the disk, `F_FULLFSYNC` does. A process killed on the way leaves a name that starts with `.tmp-`, or a folder that was
+to be replaced under one that starts with `.old-`; `sweep` removes the first and puts the second back.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from typing import Any
 from mlx_impl.errors import DamagedFileError, InputError, LockedError
 
 TEMPORARY = ".tmp-"
+REPLACED = ".old-"
 
 
 def home() -> Path:
@@ -83,7 +84,7 @@ def read_json(path: Path, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or an integer of thousands of digits
         raise DamagedFileError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: a JSON object was expected, this is a {type(value).__name__}")
@@ -100,8 +101,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     if target.exists() and not replace:
         raise InputError(f"{target} exists already; name another folder or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{target.name}")
-    aside = temporary.with_name(temporary.name + "-old")
+    name = f"{uuid.uuid4().hex[:8]}-{target.name}"
+    temporary, aside = target.with_name(TEMPORARY + name), target.with_name(REPLACED + name)
     temporary.mkdir(mode=0o700)
     try:
         yield temporary
@@ -114,22 +115,31 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists():
+            _put_back(aside)
+
+
+def _put_back(aside: Path) -> None:
+    """Give a folder that was moved aside its name again; where the new one has it already, remove the old."""
+    target = aside.with_name(aside.name[len(REPLACED) + 9 :])  # after eight hex digits and a dash
+    if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(aside, target)
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` for the block; it goes with the process, however that ends.
 
-    Raises LockedError naming the pid that holds it. `what` says what is being written, for that message.
+    Creates the file and its folder. Who holds the lock may remove the file. Raises LockedError naming the pid that
+    holds it; `what` says what is being written, for that message.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _lock(path, what)
+    while not _is_open_file(descriptor, path):  # the last holder removed it after we had opened it
+        os.close(descriptor)
+        descriptor = _lock(path, what)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            raise LockedError(f"{what} is being written by process {holder}; wait until it ends") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -137,12 +147,37 @@ def locked(path: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _lock(path: Path, what: str) -> int:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise LockedError(f"{what} is being written by process {holder}; wait until it ends") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_open_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def sweep(folder: Path) -> list[Path]:
-    """Remove what crashed writers left in `folder`; returns what was removed."""
+    """Remove what crashed writers left in `folder` and put back what they had moved aside; returns these paths."""
+    replaced = sorted(folder.glob(f"{REPLACED}*"))
+    for path in replaced:
+        _put_back(path)
     leftovers = sorted(folder.glob(f"{TEMPORARY}*"))
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return leftovers
+    return leftovers + replaced

@@ -97,7 +97,8 @@ def attach(model: BaseModel, config: LoRAConfig, key: mx.array) -> list[str]:
 def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float, dropout: float = 0.0) -> None:
     """Put an existing adapter on the model, replacing the attached one. Arrays are cast to float32.
 
-    Raises DamagedFileError listing every array that fits no layer, has no partner or has the wrong shape.
+    Raises DamagedFileError listing every array that fits no layer, has no partner or has the wrong shape; the model
+    is then left bare.
     """
     detach(model)
     modules: dict[str, Any] = dict(model.named_modules())

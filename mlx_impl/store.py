@@ -1,11 +1,12 @@
 """What a model has learned, on disk: a SQLite commit log beside ordinary mlx-lm adapter folders.
 
 A lesson is written to a temporary folder, fsynced and renamed; then ONE transaction moves the domain's head. A crash
-leaves the old head or the new one, never a mixture, and what it leaves lying about is swept by the next writer.
-Versions are immutable and their files' hashes are checked when they are read. Imports no MLX: arrays are files here.
+leaves the old head or the new one, never a mixture, and what it leaves lying about is swept by the next writer. So is
+what a failed one wrote. Versions are immutable and their files' hashes are checked when they are read. Imports no MLX: arrays are files here.
 """
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlx_impl import files, modeldir
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
 from mlx_impl.tokenizer import Tokenizer
 
 SCHEMA = 1
@@ -49,15 +50,32 @@ CREATE TABLE heldout (
 );
 """
 _COLUMNS = "id, domain, number, parent, depth, source, created, config, figures, files"
+_DATABASE = "learner.sqlite"
+_OTHER_CAUSES = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+"""Reasons for which a database that is not damaged cannot be read or written now."""
 
 
 def check_domain(name: str) -> str:
     """The name itself, if it can be a folder everywhere; InputError says what is allowed."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+    if not _is_domain(name):
         raise InputError(
             f"{name!r} cannot name a domain: up to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit"
         )
+    if name in ("auto", "none") or name.startswith(_DATABASE):
+        raise InputError(f"{name!r} cannot name a domain: the word has another meaning here; choose another")
     return name
+
+
+def _is_domain(name: str) -> bool:
+    return re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) is not None
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,7 @@ class Store:
 
     @property
     def _database(self) -> Path:
-        return self.folder / "learner.sqlite"
+        return self.folder / _DATABASE
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -134,7 +152,7 @@ class Store:
 
     def overview(self) -> list[dict[str, Any]]:
         """What `list --json` prints: each domain with its current lesson."""
-        heads = [self.require(domain) for domain in self.domains()]
+        heads = self._select("id IN (SELECT version FROM heads)")
         return [
             {
                 "domain": v.domain,
@@ -144,17 +162,18 @@ class Store:
                 "created": v.created,
                 **v.figures,
             }
-            for v in heads
+            for v in sorted(heads, key=lambda v: v.domain)
         ]
 
     def history(self, domain: str) -> list[Version]:
         """The lessons that the domain's head stands on, first to last."""
-        chain: list[Version] = []
-        version = self.head(domain)
-        while version is not None:
-            chain.append(version)
-            parents = self._select("id = ?", version.parent) if version.parent is not None else []
-            version = parents[0] if parents else None
+        head = self.head(domain)
+        if head is None:
+            return []
+        chain = [head]
+        for version in reversed(self._select("domain = ?", domain)):  # a parent is older than its children
+            if version.id == chain[-1].parent:
+                chain.append(version)
         return chain[::-1]
 
     def heldout(self, version: Version) -> HeldOut | None:
@@ -165,8 +184,11 @@ class Store:
             ).fetchone()
         if row is None:
             return None
-        ids = np.frombuffer(row[0], "<i4").astype(np.int32)
-        trained = None if row[1] is None else np.frombuffer(row[1], np.uint8).astype(bool)
+        try:
+            ids = np.frombuffer(row[0], "<i4").astype(np.int32)
+            trained = None if row[1] is None else np.frombuffer(row[1], np.uint8).astype(bool)
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from None
         return HeldOut(ids, trained, row[2], row[3])
 
     def files_of(self, version: Version) -> Path:
@@ -188,22 +210,42 @@ class Store:
     def writing(self) -> Iterator[None]:
         """Hold the store's lock; sweeps what crashed writers left. LockedError names the pid that holds it.
 
-        Raises InputError where the folder cannot be written to.
+        Where the block fails, nothing of what it wrote is left but what it committed. A store that ends up without a
+        lesson is removed. Raises InputError where the folder cannot be written to or holds something else.
         """
-        existed = self.folder.is_dir()
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = files.locked(self.folder / "lock", str(self.folder))
-            lock.__enter__()
-        except PermissionError:
-            raise InputError(f"{self.folder} cannot be written to; keep lessons elsewhere with --store DIR") from None
-        try:
-            self._sweep()
-            yield
-        finally:
-            if not existed and not self._database.is_file():
-                shutil.rmtree(self.folder, ignore_errors=True)
-            lock.__exit__(None, None, None)
+        empty = self._refuse_others()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.folder / ".lock", str(self.folder)))
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                raise InputError(
+                    f"{self.folder} cannot be written to; keep lessons elsewhere with --store DIR"
+                ) from None
+            try:
+                self._sweep()
+                yield
+            except BaseException:
+                with contextlib.suppress(MiniMacError, OSError):  # the first error is the one to tell
+                    self._sweep()
+                raise
+            finally:
+                with contextlib.suppress(MiniMacError, OSError):
+                    self._remove_unused(keep_folder=empty)
+
+    def _refuse_others(self) -> bool:
+        """Whether the folder is there and empty; InputError where what is in it is not ours, and might be swept."""
+        if self._database.is_file() or not self.folder.exists():
+            return False
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} is no folder; lessons need one of their own, see --store")
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        if others:
+            raise InputError(
+                f"{self.folder} holds {others[0]} but no {_DATABASE}; lessons need a folder of their own, see --store"
+            )
+        return True
 
     def commit(
         self,
@@ -218,8 +260,9 @@ class Store:
     ) -> Version:
         """Make a version of the files that `write` puts into a folder, and the domain's head; call inside `writing`."""
         check_domain(domain)
-        with self._connected(create=True) as db:
-            self._check(db)
+        if not self._database.is_file():
+            self._create()
+        with self._connected() as db:
             highest = db.execute("SELECT max(number) FROM versions WHERE domain = ?", (domain,)).fetchone()[0]
         number = (highest or 0) + 1
         folder = self.folder / domain / f"v{number:04d}"
@@ -236,7 +279,9 @@ class Store:
             source,
             created,
         )
-        documents = tuple(json.dumps(value, ensure_ascii=False) for value in (config, figures, digests))
+        documents = tuple(
+            json.dumps(value, ensure_ascii=False, allow_nan=False) for value in (config, figures, digests)
+        )
         with self._connected() as db, db:  # the second: one transaction
             key = db.execute(
                 f"INSERT INTO versions ({_COLUMNS.removeprefix('id, ')}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -263,79 +308,96 @@ class Store:
         else:
             target = self._select("domain = ? AND number = ?", domain, to)
         if not target:
-            raise InputError(f"domain {domain} has no version {to}")
+            known = ", ".join(version.name for version in self._select("domain = ?", domain))
+            raise InputError(f"domain {domain} has no version {to}; there are: {known}")
         with self._connected() as db, db:
             db.execute("UPDATE heads SET version = ? WHERE domain = ?", (target[0].id, domain))
         return target[0]
 
     def _erase(self, domain: str) -> None:
-        """Remove a domain's rows, then its folder; the rows' space in the database is overwritten."""
+        """Remove a domain's rows, then its folder. SQLite overwrites the rows' space (secure_delete)."""
         with self._connected() as db, db:
             db.execute("DELETE FROM heads WHERE domain = ?", (domain,))
             db.execute("DELETE FROM versions WHERE domain = ?", (domain,))
-        with self._connected() as db:
-            db.execute("VACUUM")
-        shutil.rmtree(self.folder / domain)
+        self._sweep()
         files.fsync(self.folder)
 
     def _sweep(self) -> None:
-        """Remove temporary files and version folders that no row knows: what crashed writers left."""
-        known = {(v.domain, v.name) for v in self._select("1")}
+        """Remove temporary files and version folders that no row knows: what crashed and failed writers left."""
+        if not self.folder.is_dir():
+            return
         files.sweep(self.folder)
-        for domain in [path for path in self.folder.iterdir() if path.is_dir()]:
+        known = {(v.domain, v.name) for v in self._select("1")}
+        for domain in [path for path in self.folder.iterdir() if _is_domain(path.name)]:
+            if domain.is_symlink() or not domain.is_dir():
+                continue
             files.sweep(domain)
-            for folder in domain.glob("v[0-9]*"):
-                if (domain.name, folder.name) not in known:
+            for folder in domain.iterdir():
+                if re.fullmatch(r"v\d{4,}", folder.name) and (domain.name, folder.name) not in known:
                     shutil.rmtree(folder)
             with contextlib.suppress(OSError):
                 domain.rmdir()  # only if nothing is left in it
 
+    def _remove_unused(self, keep_folder: bool) -> None:
+        """Remove database and lock, which is held, if there is no lesson; the folder too if nothing is left in it."""
+        others = [path for path in self.folder.iterdir() if path not in (self._database, self.folder / ".lock")]
+        if self._select("1") or any(_is_domain(path.name) for path in others):
+            return
+        self._database.unlink(missing_ok=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
+        if not keep_folder and not others:
+            self.folder.rmdir()
+
     # -- database --------------------------------------------------------------------------------------------
 
+    def _create(self) -> None:
+        """Make an empty database of this base and tokenizer; it has its name only when it is whole."""
+        with files.atomic_file(self._database) as temporary, self._connected(temporary) as db:
+            db.executescript(_TABLES)
+            db.execute("INSERT INTO base VALUES (?, ?)", self._base)
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+            db.commit()
+
     @contextlib.contextmanager
-    def _connected(self, create: bool = False) -> Iterator[sqlite3.Connection]:
-        new = not self._database.is_file()
-        if new and not create:
-            raise InputError(f"{self.folder}: nothing has been learned here yet")
+    def _connected(self, path: Path | None = None) -> Iterator[sqlite3.Connection]:
+        """A connection, closed at the end. What SQLite finds wrong becomes an OSError or a DamagedFileError."""
         try:
-            db = sqlite3.connect(self._database, timeout=10)
-            try:
+            with contextlib.closing(sqlite3.connect(path or self._database, timeout=10)) as db:
                 db.execute("PRAGMA foreign_keys = ON")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA secure_delete = ON")
                 if sys.platform == "darwin":
                     db.execute("PRAGMA fullfsync = ON")
                 yield db
-            finally:
-                db.close()
-        except sqlite3.OperationalError as error:
-            if "disk is full" in str(error) or "locked" in str(error) or "readonly" in str(error):
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            if code == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, str(error), str(self._database)) from None
+            if code in _OTHER_CAUSES:
                 raise OSError(f"{self._database}: {error}") from None
-            raise DamagedFileError(f"{self._database}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            raise DamagedFileError(f"{self._database}: {error}; it is damaged or no database") from None
+            raise self._damaged(error) from None
+
+    def _damaged(self, reason: object) -> DamagedFileError:
+        return DamagedFileError(
+            f"{self._database}: {reason}; restore it from a backup, or move {self.folder} away to start afresh"
+        )
 
     def _check(self, db: sqlite3.Connection) -> None:
-        """Create the tables of a new database; of an old one check version and base."""
+        """Compare schema, base and tokenizer with what this program and this model have."""
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA:
             raise InputError(
-                f"{self._database}: written by a newer program (schema {version}, this one knows {SCHEMA})"
+                f"{self._database}: written by a newer program (schema {version}, this one knows {SCHEMA}); "
+                "update this one"
             )
-        if version == 0:
-            db.execute("BEGIN IMMEDIATE")
-            for statement in _TABLES.split(";"):
-                db.execute(statement)
-            db.execute("INSERT INTO base VALUES (?, ?)", self._base)
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
-            db.commit()
-        recorded = db.execute("SELECT sha256, tokenizer FROM base").fetchone()
-        for what, old, new in zip(
-            ("base model", "tokenizer"), recorded or ("nothing", "nothing"), self._base, strict=True
-        ):
+        recorded = db.execute("SELECT sha256, tokenizer FROM base").fetchone() if version == SCHEMA else None
+        if recorded is None:
+            raise self._damaged("no database of lessons")
+        for what, old, new in zip(("base model", "tokenizer"), recorded, self._base, strict=True):
             if old != new:
                 raise InputError(
-                    f"{self.folder}: these lessons belong to another {what} (sha256 {old[:12]}, this one is {new[:12]})"
+                    f"{self.folder}: these lessons belong to another {what} (sha256 {old:.12}, this one is {new:.12}); "
+                    "use --model with theirs, or --store with another folder"
                 )
 
     def _select(self, where: str, *values: Any) -> list[Version]:
@@ -343,7 +405,10 @@ class Store:
             return []
         with self._connected() as db:
             rows = db.execute(f"SELECT {_COLUMNS} FROM versions WHERE {where} ORDER BY id", values).fetchall()
-        return [Version(*row[:7], *(json.loads(text) for text in row[7:])) for row in rows]
+        try:
+            return [Version(*row[:7], *(json.loads(text) for text in row[7:])) for row in rows]
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from None
 
 
 def open_store(model: Path, folder: Path | None = None) -> Store:

@@ -1,6 +1,7 @@
 """GGUF in: dequantised weights, the q/k permutation, configuration, tokenizer; and files that lie."""
 
 import itertools
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,17 @@ def test_special_tokens_in_text_are_text(tmp_path: Path) -> None:
     assert tokenizer.encode("<|im_end|>").ids == [2]
     tokenizer.encode_special_tokens = True  # what split_special_tokens in tokenizer_config.json sets
     assert tokenizer.encode("<|im_end|>").tokens == list("<|im_end|>")
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_specials_are_special_for_others_where_a_chat_template_needs_them(tmp_path: Path, template: bool) -> None:
+    tokenizer_of(tmp_path)
     metadata = read_gguf(tmp_path / "m.gguf").metadata
-    assert '"split_special_tokens": true' in tokenizer_files(metadata, 128, "m")["tokenizer_config.json"]
+    if not template:
+        del metadata["tokenizer.chat_template"]
+    config = json.loads(tokenizer_files(metadata, 128, "m")["tokenizer_config.json"])
+    assert ("chat_template" in config) == template
+    assert config.get("split_special_tokens", False) != template
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ import mlx_impl.generate
 import mlx_impl.lora
 import mlx_impl.loss
 import mlx_impl.model
+import mlx_impl.optim
 import mlx_impl.train
 import torch_ref.generate
 import torch_ref.lora

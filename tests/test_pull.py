@@ -74,7 +74,7 @@ def test_other_libraries_open_it(tmp_path: Path, home: Path) -> None:
     assert reference.config.rope_parameters["rope_theta"] == 100000.0
     ids = tokenizer.encode("the 123 <|im_end|>")
     assert tokenizer.decode(ids) == "the 123 <|im_end|>"
-    assert 2 not in ids
+    assert ids[-1] == 2  # the chat template's marker is one for them
     import mlx.core as mx
     import torch
 
@@ -367,6 +367,6 @@ def test_one_pull_at_a_time_and_leftovers_swept(tmp_path: Path, home: Path) -> N
     (home / "models" / ".tmp-12345678-killed").mkdir(parents=True)
     with hub.writing(home / "models"):
         assert leftovers(home) == []
-        with pytest.raises(LockedError, match=f"process {os.getpid()} is pulling"):
+        with pytest.raises(LockedError, match=f"is being written by process {os.getpid()}"):
             pull.pull(str(path), home)
     pull.pull(str(path), home)

@@ -1,0 +1,46 @@
+"""What every benchmark writes beside its figures: machine, versions, commit, date and the command that made them."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mlx_impl import device, files
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, figures: dict[str, Any]) -> Path:
+    """Write `results/NAME.json` and print it; returns its path."""
+    result = {
+        "benchmark": name,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": device.describe(),
+        **figures,
+    }
+    if result["machine"]["blas"]:
+        result["machine"]["blas"] = Path(result["machine"]["blas"]).name
+    path = RESULTS / f"{name}.json"
+    files.write_json(path, result)
+    print(json.dumps(figures, indent=2))
+    print(f"written to {path}", file=sys.stderr)
+    return path
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
