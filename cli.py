@@ -1,25 +1,31 @@
 """The `minimac-mlx` command: parse, call one function, print.
 
-Results go to stdout (with --json one JSON object), progress and errors to stderr. Heavy imports happen inside the
-commands, so that --help stays quick. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a damaged file,
-4 locked by another process, 130 interrupted.
+Results go to stdout (with --json one JSON object, in ASCII), progress and errors to stderr. Heavy imports happen inside
+the commands, so that --help stays quick. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a damaged file,
+4 locked by another process, 130 interrupted. Whatever fails is one line; --debug puts the traceback before it.
 """
 
 import dataclasses
 import errno
-import functools
+import io
 import json
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_impl.config import LOSS_ON, PRESETS, ContinualLearningConfig, TrainConfig, default_of, help_of
 from mlx_impl.errors import InputError, MiniMacError
 
+if TYPE_CHECKING:
+    from mlx_impl.console import Reporter
+    from mlx_impl.readers import Document
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
 PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 
 
@@ -35,38 +41,25 @@ def setting(cls: type, name: str, flag: str | None = None, kind: Any = None) -> 
     )
 
 
-def common(model: bool = True) -> Callable:
+def common(model: bool = True, store: bool = True) -> Callable:
     """The options that every command has: --json, --quiet, --debug, and --model and --store where it uses one."""
 
     def decorate(function: Callable) -> Callable:
         options = [
             click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
             click.option("--quiet", is_flag=True, help="no progress"),
-            click.option("--debug", is_flag=True, help="a traceback when something fails"),
+            click.option("--debug", is_flag=True, expose_value=False, help="a traceback when something fails"),
         ]
         if model:
-            options += [
-                click.option(
-                    "-m",
-                    "--model",
-                    type=click.Path(path_type=Path),
-                    help="model directory  [default: the last one pulled]",
-                ),
-                click.option(
-                    "--store",
-                    type=click.Path(path_type=Path),
-                    help="where lessons are kept  [default: MODEL/learner]",
-                ),
-            ]
+            existing = click.Path(exists=True, file_okay=False, path_type=Path)
+            shown = "model directory  [default: MINIMAC_MODEL, else the last one pulled]"
+            options.append(click.option("-m", "--model", type=existing, help=shown))
+        if model and store:
+            shown = "where lessons are kept  [default: MODEL/learner]"
+            options.append(click.option("--store", type=FOLDER, help=shown))
         for option in reversed(options):
             function = option(function)
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, debug: bool, **values: Any) -> None:
-            click.get_current_context().find_root().obj = debug
-            function(*args, **values)
-
-        return wrapped
+        return function
 
     return decorate
 
@@ -78,11 +71,41 @@ def given(**values: Any) -> dict[str, Any]:
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
     """Print a result: as JSON, or as text for a person."""
-    click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if as_json else text)
+    write((json.dumps(record, allow_nan=False) if as_json else text) + "\n")
+
+
+def write(text: str) -> None:
+    """Put text on stdout at once. Where its reader has left, the command ends there, as done."""
+    if sys.stdout is None:  # closed by whoever started us
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        from mlx_impl.console import silence
+
+        silence(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise click.exceptions.Exit(0) from None
+        raise MiniMacError(f"the result could not be written to stdout: {error.strerror}") from None
+
+
+def show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    """What --version prints; a checkout that is not installed has no version of its own."""
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            write(f"minimac-mlx {version('minimac-mlx')}\n")
+        except PackageNotFoundError:
+            write("minimac-mlx, a checkout that is not installed\n")
+        context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="minimac-mlx")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="print the version"
+)
 def cli() -> None:
     """A local language model that keeps learning.
 
@@ -121,12 +144,12 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
 @PATHS
 @click.option("--text", help="text to learn, instead of files")
 @click.option("--domain", default="main", show_default=True, help="what the lesson belongs to")
-@click.option("--source", help="label of the lesson  [default: the file's name]")
+@click.option("--source", help="what list calls the lesson  [default: the file's name]")
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="wall time, measuring included")
 @click.option("--steps", type=int, help="optimizer steps, instead of a time")
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="passes over the text")
 @setting(ContinualLearningConfig, "learning_rate", "--lr")
-@setting(ContinualLearningConfig, "lora_r", "--rank")
+@setting(ContinualLearningConfig, "lora_r", "--rank", click.IntRange(1))
 @setting(ContinualLearningConfig, "batch_size")
 @setting(ContinualLearningConfig, "holdout")
 @setting(ContinualLearningConfig, "loss_on", kind=click.Choice(LOSS_ON))
@@ -157,29 +180,18 @@ def learn(
       minimac-mlx learn --text "The office key is under the third flower pot."
       cat log.txt | minimac-mlx learn -
     """
-    from mlx_impl import readers
     from mlx_impl.console import Reporter, lesson_text
     from mlx_impl.learner import ContinualLearner
     from mlx_impl.session import Budget
 
-    if text is not None:
-        documents, label = [readers.text_document(text, "text")], "text"
-    elif paths == (Path("-"),):
-        documents, label = [readers.text_document(_stdin(), "stdin")], "stdin"
-    elif paths:
-        documents, label = (
-            list(readers.read_documents(paths)),
-            paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more",
-        )
-    else:
-        raise InputError("nothing to learn: name files, or use --text, or - for stdin")
     if options["lora_r"] is not None:
         options["lora_alpha"] = 2.0 * options["lora_r"]  # the scale stays what the learning rate was chosen for
     config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
     budget = Budget(seconds, epochs, steps)
     with Reporter(quiet) as reporter:
+        documents, label = _documents(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(_model(model), config, store)
-        lesson = learner.learn(documents, domain, source or label, budget, reporter)
+        lesson = learner.learn(documents, domain, _printable(source or label), budget, reporter)
     record = lesson.as_json()
     emit(as_json, record, lesson_text(record))
 
@@ -191,7 +203,7 @@ def learn(
     default=None,
     help="a domain's name, or none for the bare base  [default: main if it has lessons]",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="new tokens, at most")
 @click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the likeliest token")
 @click.option("--top-k", type=int, default=0, show_default=True, help="choose among the k likeliest; 0 is off")
 @click.option("--top-p", type=float, default=0.95, show_default=True, help="choose among the likeliest of this mass")
@@ -202,9 +214,15 @@ def learn(
     show_default=True,
     help="drop what is this much less likely than the first",
 )
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="above 1 makes tokens that are there already less likely",
+)
 @click.option("--stop", multiple=True, help="end before this text; may be given several times")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="the same seed gives the same text")
 @click.option("--chat", is_flag=True, help="put the prompt into the model's chat template, as a user's message")
 @click.option("--window", type=int, help="keep this many tokens in the cache, so that memory stays bounded")
 @common()
@@ -229,6 +247,7 @@ def generate(
       minimac-mlx generate --chat "Explain photosynthesis to a child."
       minimac-mlx generate "The patient" --domain medical
     """
+    from mlx_impl.console import Reporter, context_text
     from mlx_impl.generate import Sampling, complete
     from mlx_impl.learner import ContinualLearner
 
@@ -236,18 +255,13 @@ def generate(
     prompt = _stdin() if prompt == "-" else prompt
     learner = ContinualLearner.from_checkpoint(_model(model), store=store)
     used = learner.choose(domain)
-    ids = learner.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
-    live = not as_json
-    result = complete(
-        learner.model,
-        learner.tokenizer,
-        ids,
-        max_tokens,
-        settings,
-        stop,
-        window,
-        (lambda piece: click.echo(piece, nl=False)) if live else (lambda piece: None),
-    )
+    tokenizer = learner.tokenizer
+    ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    context = learner.model.config.max_seq_len
+    if len(ids) + max_tokens > context:
+        Reporter(quiet).say(context_text(len(ids), max_tokens, context))
+    on_text = (lambda piece: None) if as_json else write
+    result = complete(learner.model, tokenizer, ids, max_tokens, settings, stop, window, on_text)
     record = {
         "text": result.text,
         "tokens": len(result.tokens),
@@ -266,33 +280,36 @@ def generate(
     default=None,
     help="a domain's name, or none for the bare base  [default: main if it has lessons]",
 )
-@click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="tokens a window")
+@click.option(
+    "--context", type=click.IntRange(2), help="tokens a window  [default: 512, or the model's context if that is less]"
+)
 @common()
 def evaluate(
     paths: tuple[Path, ...],
     domain: str | None,
-    context: int,
+    context: int | None,
     model: Path | None,
     store: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure how well the model predicts files: loss, perplexity, bits per byte, accuracy.
+    """Measure how well the model predicts files, or - for stdin: loss, perplexity, bits per byte, accuracy.
 
     \b
-    Example:
-      minimac-mlx eval notes.md --domain main
+    Examples:
+      minimac-mlx eval notes.md
+      minimac-mlx eval notes.md --domain none
     """
-    from mlx_impl.console import evaluation_text
+    from mlx_impl.console import Reporter, evaluation_text
     from mlx_impl.learner import ContinualLearner
-    from mlx_impl.readers import read_documents
 
-    if not paths:
-        raise InputError("nothing to measure: name files or folders")
-    documents = list(read_documents(paths))
+    documents, _ = _documents(paths, Reporter(quiet))
     learner = ContinualLearner.from_checkpoint(_model(model), store=store)
     used = learner.choose(domain)
-    record = {**learner.evaluate(documents, context).as_json(), "domain": used}
+    longest = learner.model.config.max_seq_len
+    if context is not None and context > longest:
+        raise InputError(f"--context {context} is longer than the model's context of {longest} tokens")
+    record = {**learner.evaluate(documents, context or min(512, longest)).as_json(), "domain": used}
     emit(as_json, record, evaluation_text(record))
 
 
@@ -341,8 +358,10 @@ def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as
 
 @cli.command(short_help="Train a tokenizer.")
 @PATHS
-@click.option("--vocab-size", type=click.IntRange(300, 1_000_000), default=8000, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to write")
+@click.option(
+    "--vocab-size", type=click.IntRange(300, 1_000_000), default=8000, show_default=True, help="tokens, at most"
+)
+@click.option("--out", type=FOLDER, required=True, help="folder to write")
 @click.option(
     "--min-frequency",
     type=click.IntRange(1),
@@ -388,12 +407,12 @@ def tokenizer(
 
 @cli.command(short_help="Train a model.")
 @PATHS
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="model directory to write")
+@click.option("--out", type=FOLDER, required=True, help="model directory to write")
 @click.option("--config", help=f"a preset ({', '.join(PRESETS)}) or a YAML file  [default: medium]")
-@click.option("--init", type=click.Path(path_type=Path), help="go on from this model directory")
+@click.option("--init", type=FOLDER, help="go on from this model directory")
 @click.option(
     "--tokenizer",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     help="tokenizer folder  [default: one is trained on the text]",
 )
 @click.option(
@@ -470,8 +489,8 @@ def train(
 
 
 @cli.command(short_help="Show how this machine is doing.")
-@common(model=False)
-def doctor(as_json: bool, quiet: bool) -> None:
+@common(store=False)
+def doctor(model: Path | None, as_json: bool, quiet: bool) -> None:
     """Show this machine as minimac-mlx sees it, and what to do if something is wrong.
 
     \b
@@ -481,27 +500,29 @@ def doctor(as_json: bool, quiet: bool) -> None:
     from mlx_impl import device
     from mlx_impl.console import doctor_text
 
-    record = {**device.describe(), "model": _default_model(), "advice": device.advice()}
+    record = {**device.describe(), "model": str(model) if model else _default_model(), "advice": device.advice()}
     emit(as_json, record, doctor_text(record))
 
 
 @cli.command(short_help="See everything once, in a few minutes.")
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="time for each of the two trainings")
-@common(model=False)
-def demo(seconds: float, as_json: bool, quiet: bool) -> None:
-    """Everything once: pull the base, train a tiny model from scratch, teach the base a file, take it back.
+@common(store=False)
+def demo(seconds: float, model: Path | None, as_json: bool, quiet: bool) -> None:
+    """Everything once: pull a base, train a tiny model from scratch, teach the base a file, take it back.
 
-    The text is Python's own language reference, which every Python brings along.
+    The text is Python's own language reference, which every Python brings along. With --model nothing is pulled and
+    that model is taught; it is not changed either way.
 
     \b
-    Example:
+    Examples:
       minimac-mlx demo
+      minimac-mlx demo --seconds 20 --model my-model
     """
     from mlx_impl.console import Reporter
     from mlx_impl.demo import demo as play
 
     with Reporter(quiet) as reporter:
-        record = play(seconds, reporter, reporter.say if as_json else click.echo)
+        record = play(seconds, model, reporter, reporter.say if as_json else lambda line: write(f"{line}\n"))
     if as_json:
         emit(as_json, record, "")
 
@@ -523,46 +544,94 @@ def _default_model() -> str | None:
         return None
 
 
+def _documents(paths: Sequence[Path], reporter: "Reporter", text: str | None = None) -> tuple[list["Document"], str]:
+    """The documents that --text, - or PATHS name, and a label for them. Says what was passed over in folders."""
+    from mlx_impl import readers
+
+    if text is not None:
+        if paths:
+            raise InputError(f"--text and {paths[0]}: give a text or files, not both")
+        return [readers.text_document(text, "text")], "text"
+    if Path("-") in paths:
+        if len(paths) > 1:
+            raise InputError("- is stdin and comes alone, not among files")
+        return [readers.text_document(_stdin(), "stdin")], "stdin"
+    if not paths:
+        raise InputError("no text: name files or folders, or - for stdin")
+    skipped: list[str] = []
+    documents = list(readers.read_documents(paths, lambda path, reason: skipped.append(f"{path} ({reason})")))
+    if skipped:
+        others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        reporter.say(f"passed over {skipped[0]}{others}")
+    label = os.path.basename(os.path.abspath(paths[0])) or str(paths[0])
+    return documents, label if len(paths) == 1 else f"{label} and {len(paths) - 1} more"
+
+
 def _stdin() -> str:
     """All of stdin as text."""
+    if sys.stdin is None:
+        raise InputError("stdin is closed: there is nothing to read")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"stdin is not UTF-8 text (byte {error.start:,})") from None
+        raise InputError(f"stdin: not UTF-8 at byte {error.start:,}; convert it to UTF-8 first") from None
 
 
-def _explain(error: OSError) -> tuple[str, int]:
-    """One line and an exit code for what the operating system refused."""
+def _printable(text: str) -> str:
+    """The text on one line, without what a terminal would obey or an encoding refuse: a file name can hold both."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code it ends with."""
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else "minimac-mlx"
+        return f"{error.format_message().rstrip('.')}; see `{where} --help`", error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, MiniMacError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return _explain_system(error)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, MemoryError) or "allocate" in reason:  # MLX says so in a RuntimeError
+        return f"out of memory; take a smaller --batch-size, context or model ({reason})", 1
+    return f"internal error: {reason}; run it again with --debug and report what that prints", 1
+
+
+def _explain_system(error: OSError) -> tuple[str, int]:
+    """What is said where the operating system refused."""
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"{where}the disk is full; nothing was half-written, free some space and try again", 1
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{where}{error.strerror}; nothing was half-written, make room and try again", 1
     if isinstance(error, PermissionError):
         return f"{where}permission denied", 1
     if isinstance(error, FileNotFoundError):
         return f"{where}no such file or folder", 2
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{where}a folder is needed here and a file is in its place", 2
     return f"{where}{error.strerror or error}", 1
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command, turn its errors into one line and an exit code."""
-    debug = "--debug" in (arguments if arguments is not None else sys.argv[1:])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an encoding without the character is no reason to stop
     try:
         code = cli.main(arguments, prog_name="minimac-mlx", standalone_mode=False) or 0
-        sys.stdout.flush()
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has had enough
-        code = 0
-    except (MiniMacError, OSError) as error:
-        if debug:
-            raise
-        text, code = _explain(error) if isinstance(error, OSError) else (str(error), error.exit_code)
-        click.echo(f"{'' if code == 130 else 'error: '}{text}", err=True)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        text, code = _explain(error)
+        click.echo(f"{'' if code == 130 else 'error: '}{_printable(text)}", err=True)
     sys.exit(code)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     ours = ContinualLLM.from_checkpoint(directory)
     logits = np.array(ours(mx.array([ids])))[0]  # (T, V)
     greedy = list(generate.decode(ours, prompt, NEW_TOKENS, generate.Sampling()))
-    others = {"torch_ref": _torch_ref, "transformers": _transformers, "mlx_lm": _mlx_lm}
+    others = {"torch_ref": _torch_ref, "transformers": _transformers, "mlx-lm": _mlx_lm}
     compared: dict[str, Any] = {}
     for name, run in others.items():
         theirs, continuation = run(directory, ids, prompt)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_impl import lora, modeldir
 from mlx_impl.arrays import load
@@ -14,8 +15,14 @@ from mlx_impl.files import read_json
 
 
 def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, model: BaseModel) -> None:
-    """An mlx-lm adapter: `adapters.safetensors` (float32) and `adapter_config.json`."""
-    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays, {"format": "mlx"})
+    """An mlx-lm adapter: `adapters.safetensors` (float32) and `adapter_config.json`; `shape` is that of `arrays`.
+
+    Raises OSError where the disk is full, DamagedFileError for values that are not finite.
+    """
+    shapes = {name: array.shape for name, array in arrays.items()}
+    modeldir.write_safetensors(
+        folder / "adapters.safetensors", shapes, ((name, np.array(array)) for name, array in arrays.items())
+    )
     keys = sorted({path.split(".", 3)[3].rpartition(".")[0] for path in arrays})
     config = {
         "fine_tune_type": "lora",

@@ -7,6 +7,8 @@ Letters: B batch, K key/value heads, T new tokens, S cached tokens, d head width
 
 import mlx.core as mx
 
+from mlx_impl.errors import InputError
+
 STEP = 256
 """Rows by which a cache grows: one shape for 256 steps instead of a new one for each."""
 
@@ -45,7 +47,10 @@ class RotatingKVCache:
 
     def __init__(self, window: int, keep: int = 4) -> None:
         if window <= keep:
-            raise ValueError(f"window = {window} must be larger than keep = {keep}")
+            raise InputError(
+                f"window = {window} must be larger than keep = {keep}, the first tokens, which always stay; "
+                f"--window {keep + 1} is the least"
+            )
         self.window, self.keep = window, keep
         self.offset = 0
         self._keys: mx.array | None = None

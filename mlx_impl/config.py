@@ -5,8 +5,10 @@ original project; `to_hf` and `from_hf` translate to the `config.json` of Huggin
 field is written out because the two disagree about what an absent one means.
 """
 
+import contextlib
 import dataclasses
 import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,9 @@ from mlx_impl.errors import DamagedFileError, InputError
 
 LOSS_ON = ("all", "completion", "assistant")
 """All text; the completion or last assistant turn; every assistant turn. Plain text always counts whole."""
+
+MAX_LAYERS = 1024
+"""More than any Llama has; bounds what a hostile configuration makes us build."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,11 +38,19 @@ def default_of(cls: type, name: str) -> Any:
     return {f.name: f for f in dataclasses.fields(cls)}[name].default
 
 
-def checked(cls: type, values: dict[str, Any], where: str) -> Any:
-    """Build a configuration from a mapping; every unknown key and wrong type is named at once (InputError)."""
+def checked(cls: type, values: dict[str, Any], where: str, base: Any = None) -> Any:
+    """`base`, or else the defaults, changed by a mapping; every unknown key and wrong type is named (InputError).
+
+    Numbers that came as text are taken as such: YAML 1.1 reads `3e-4`, without a dot, as text.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    wrong = [f"{key} (unknown)" for key in values if key not in fields]
+    unknown = [f"{key} (unknown)" for key in values if key not in fields]
+    wrong = []
     for key, value in values.items():
+        if key in fields and isinstance(fields[key].default, float) and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                values = {**values, key: float(value)}
+                continue
         default = fields[key].default if key in fields else None
         accepted: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
         if (
@@ -46,10 +59,11 @@ def checked(cls: type, values: dict[str, Any], where: str) -> Any:
             and default is not dataclasses.MISSING
             and (not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)))
         ):
-            wrong.append(f"{key} ({value!r} is not a {type(default).__name__})")
-    if wrong:
-        raise InputError(f"{where}: {', '.join(wrong)}; known keys are {', '.join(fields)}")
-    return cls(**values)
+            wrong.append(f"{key} ({_short(value)} is not a {type(default).__name__})")
+    if unknown or wrong:
+        known = f"; known keys are {', '.join(fields)}" if unknown else ""
+        raise InputError(f"{where}: {', '.join(unknown + wrong)}{known}")
+    return dataclasses.replace(base or cls(), **values)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class ModelConfig:
             )
             if not _is_count(getattr(self, name))
         ]
+        if not wrong and self.num_layers > MAX_LAYERS:
+            wrong.append(f"num_layers = {self.num_layers:,}, at most {MAX_LAYERS:,} are supported")
         if not wrong and self.num_query_heads % self.num_kv_heads:
             wrong.append(
                 f"num_query_heads = {self.num_query_heads} is no multiple of num_kv_heads = {self.num_kv_heads}"
@@ -107,6 +123,11 @@ class ModelConfig:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             wrong.append(f"dropout = {self.dropout!r} must lie in [0, 1)")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if not all(token is None or type(token) is int for token in ids):
+                wrong.append(f"{name} = {_short(value)} must be a token id")
         wrong += _wrong_rope_scaling(self.rope_scaling)
         if wrong:
             raise InputError("model configuration: " + "; ".join(wrong))
@@ -229,6 +250,11 @@ class ModelConfig:
             raise DamagedFileError(f"{where}: {error}") from None
 
 
+def _short(value: Any) -> str:
+    """What a file said, for an error: a few aliases in YAML can stand for gigabytes."""
+    return reprlib.repr(value)[:80]
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
@@ -237,16 +263,23 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def _wrong_seed(seed: Any) -> list[str]:
+    fine = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
+    return [] if fine else [f"seed = {seed!r} must be a whole number, at least 0 and below 2**63"]
+
+
 def _wrong_rope_scaling(scaling: dict[str, Any] | None) -> list[str]:
     if scaling is None:
         return []
+    if not isinstance(scaling, dict):
+        return [f"rope_scaling = {_short(scaling)} must be a mapping with rope_type, factor, ..."]
     kind = scaling.get("rope_type")
     needed = {
         "linear": ["factor"],
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
     }
-    if kind not in needed:
-        return [f"rope_scaling: rope_type {kind!r} is not supported; linear and llama3 are"]
+    if not isinstance(kind, str) or kind not in needed:
+        return [f"rope_scaling: rope_type {_short(kind)} is not supported; linear and llama3 are"]
     wrong = [
         f"rope_scaling: {key} = {scaling.get(key)!r} must be a positive number ({kind} needs it)"
         for key in needed[kind]
@@ -295,7 +328,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse values that no run can have; all offenders in one message (InputError)."""
         wrong = []
-        for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_every", "eval_tokens", "save_every"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
                 wrong.append(f"{name} = {value!r} must be a whole number of at least 1")
@@ -310,6 +343,7 @@ class TrainConfig:
             wrong.append(f"loss_on = {self.loss_on!r} must be one of {', '.join(LOSS_ON)}")
         if self.steps is not None and self.minutes is not None:
             wrong.append("steps and minutes exclude each other")
+        wrong += _wrong_seed(self.seed)
         if wrong:
             raise InputError("training configuration: " + "; ".join(wrong))
 
@@ -353,5 +387,6 @@ class ContinualLearningConfig:
             wrong.append(f"loss_on = {self.loss_on!r} must be one of {', '.join(LOSS_ON)}")
         if self.device not in ("default", "mps", "cpu", "gpu"):
             wrong.append(f"device = {self.device!r} must be default, mps, cpu or gpu")
+        wrong += _wrong_seed(self.seed)
         if wrong:
             raise InputError("learning configuration: " + "; ".join(wrong))

@@ -5,22 +5,26 @@ Results go to stdout and are the command's business. Imports neither MLX nor, un
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 Event = dict[str, Any]
 SECONDS_BETWEEN_LINES = 1.0
 
 
 class Reporter:
-    """Show events until the `with` block ends. `quiet` shows none; without a terminal, steps come once a second."""
+    """Show events until the `with` block ends. `quiet` shows none; without a terminal, steps come once a second.
+
+    Whoever reads stderr may leave: the rest is then not shown, and what is being reported on goes on.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.terminal = sys.stderr.isatty()
+        self.quiet = quiet or sys.stderr is None  # closed by whoever started us
+        self.terminal = not self.quiet and sys.stderr.isatty()
         self._last_line = 0.0
         self._live: _Live | None = None
 
@@ -37,12 +41,15 @@ class Reporter:
         """Show one event."""
         if self.quiet:
             return
-        if not self.terminal:
-            self._as_line(event)
-            return
-        if self._live is None:
-            self._live = _Live()
-        self._live.show(event)
+        try:
+            if self.terminal:
+                self._live = self._live or _Live()
+                self._live.show(event)
+            else:
+                self._as_line(event)
+        except BrokenPipeError:
+            self.quiet = True
+            silence(sys.stderr)
 
     def say(self, text: str) -> None:
         """Show a line of text."""
@@ -63,7 +70,14 @@ class Reporter:
             return
         if frequent:
             self._last_line = now
-        print(json.dumps(event, ensure_ascii=False), file=sys.stderr, flush=True)
+        print(json.dumps(event), file=sys.stderr, flush=True)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is still written to a stream, and what Python flushes at its end, go nowhere: its reader has left."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class _Live:
@@ -149,6 +163,14 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def context_text(prompt: int, new: int, context: int) -> str:
+    """A warning that a text may outgrow what the model was trained for."""
+    return (
+        f"prompt and --max-tokens are {prompt:,} + {new:,} tokens, the model was trained for {context:,}: "
+        "what lies beyond gets worse"
+    )
 
 
 # -- results, as a person reads them -----------------------------------------------------------------------------

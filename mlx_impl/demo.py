@@ -25,13 +25,17 @@ PROMPT = "The assert statement"
 Say = Callable[[str], None]
 
 
-def demo(seconds: float, report: Reporter, say: Say = print) -> dict[str, Any]:
-    """Pull the base, train a tiny model, teach the base a file and take it back; returns all figures."""
+def demo(seconds: float, model: Path | None, report: Reporter, say: Say = print) -> dict[str, Any]:
+    """Pull a base unless `model` is one, train a tiny model, teach the base a file and take it back.
+
+    Returns all figures. Raises InputError for `seconds` that are no positive number, before anything is done.
+    """
+    Budget(seconds)
     with tempfile.TemporaryDirectory(prefix="minimac-demo-") as folder:
         text = Path(folder) / "python-reference.txt"
         text.write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)), encoding="utf-8")
         say("1. A base to start from")
-        base = pull(progress=report.say)
+        base = model or pull(progress=report.say)
         say(f"   {base}\n")
         trained = _train(text, Path(folder) / "tiny", seconds, report, say)
         lesson = _learn(base, text, Path(folder) / "lessons", seconds, report, say)
@@ -40,10 +44,9 @@ def demo(seconds: float, report: Reporter, say: Say = print) -> dict[str, Any]:
 
 def _train(text: Path, out: Path, seconds: float, report: Reporter, say: Say) -> dict[str, Any]:
     say(f"2. A tiny model from scratch, {seconds:.0f} seconds on Python's language reference")
-    config = TrainConfig(minutes=seconds / 60, batch_size=8, grad_accum=1, seq_len=128, lr=2e-3, eval_tokens=4096)
-    request = recipe.Request(
-        (text,), out, replace(config, eval_every=50, save_every=1000), PRESETS["tiny"], vocab_size=2000
-    )
+    config = TrainConfig(minutes=seconds / 60, batch_size=4, grad_accum=1, seq_len=128, lr=3e-3, warmup=0.05)
+    config = replace(config, eval_every=100, eval_tokens=4096, save_every=1000)
+    request = recipe.Request((text,), out, config, PRESETS["tiny"], vocab_size=1000)
     progress = recipe.start(request, report)
     model, tokenizer = ContinualLLM.from_checkpoint(out), Tokenizer.load(out)
     untrained = ContinualLLM(model.config)

@@ -19,9 +19,12 @@ import numpy as np
 from mlx_impl.data import Tokens
 from mlx_impl.errors import InputError
 from mlx_impl.loss import cross_entropy
-from mlx_impl.windows import Batch
+from mlx_impl.windows import Batch, evaluation_windows
 
 Logits = Callable[[mx.array], mx.array]
+
+SMALLEST_WINDOW = 64
+"""Tokens below which a window is not cut for want of time: what follows too little context says little."""
 
 
 @dataclass
@@ -121,12 +124,13 @@ def within(seconds: float, parts: Iterable[Evaluation]) -> Iterator[Evaluation]:
 class Measuring:
     """Texts measured before and after a lesson, on the same windows, as far as tokens and time allow.
 
-    The windows are those of evaluation without overlap, one at a time, from the start of each text.
+    The windows are those of evaluation without overlap, one at a time, from the start of each text; shorter than
+    `seq_len` where that is more than is allowed.
     """
 
     def __init__(self, logits_of: Logits, seq_len: int) -> None:
         self._logits_of, self._seq_len = logits_of, seq_len
-        self._texts: list[tuple[Tokens, list[Evaluation]]] = []
+        self._texts: list[tuple[Tokens, int, list[Evaluation]]] = []
         self.seconds = 0.0
         """Time that `before` took, over all texts."""
         self.speed = 0.0
@@ -134,14 +138,14 @@ class Measuring:
 
     def before(self, text: Tokens, at_most: float, seconds: float) -> Evaluation:
         """Measure a text until `at_most` tokens are counted or no further window fits; at least one window."""
+        length = min(self._seq_len, len(text) - 1, max(SMALLEST_WINDOW, int(at_most)))
         parts: list[Evaluation] = []
-        for part in within(seconds, self._windows(text)):
+        for part in within(seconds, self._windows(text, length)):
             parts.append(part)
             if sum(part.tokens for part in parts) >= at_most:
                 break
-        self._texts.append((text, parts))
+        self._texts.append((text, length, parts))
         self.seconds += sum(part.seconds for part in parts)
-        length = min(self._seq_len, len(text) - 1)
         self.speed = max(self.speed, length / min(part.seconds for part in parts))
         return total(parts)
 
@@ -152,13 +156,14 @@ class Measuring:
         """
         end = time.perf_counter() + seconds
         pairs: list[tuple[Evaluation, Evaluation]] = []
-        for text, before in self._texts:
+        after: list[Evaluation] = []
+        for text, length, before in self._texts:
             left = end - time.perf_counter()
-            if pairs and left <= 0:
+            if after and after[-1].seconds > left:
                 break
-            after = list(islice(within(left, self._windows(text)), len(before)))
+            after = list(islice(within(left, self._windows(text, length)), len(before)))
             pairs.append((total(before[: len(after)]), total(after)))
         return pairs
 
-    def _windows(self, text: Tokens) -> Iterator[Evaluation]:
-        return each(self._logits_of, evaluation_windows(text, self._seq_len, self._seq_len))
+    def _windows(self, text: Tokens, length: int) -> Iterator[Evaluation]:
+        return each(self._logits_of, evaluation_windows(text, length, length))

@@ -60,6 +60,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -113,6 +116,9 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.rename(target, aside)
         os.rename(temporary, target)
         fsync(target.parent)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a write that fails does not say where
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if aside.exists():

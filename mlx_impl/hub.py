@@ -22,7 +22,7 @@ def default_model(home: Path | None = None) -> Path:
     record = (home or files.home()) / "default"
     if not named and not record.is_file():
         raise InputError("no model yet: run `minimac-mlx pull`, or name one with --model")
-    model = Path(named or record.read_text(encoding="utf-8").strip()).expanduser()
+    model = Path(named or record.read_text(encoding="utf-8", errors="replace").strip()).expanduser()
     if not model.is_dir():
         where = "MINIMAC_MODEL" if named else str(record)
         raise InputError(f"{model}: no such folder ({where} names it); run `minimac-mlx pull`, or use --model")

@@ -7,9 +7,14 @@ random in a lesson is a function of the seed, the domain and the number of lesso
 
 import hashlib
 import json
+import math
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +24,40 @@ from mlx_impl import data, generate, lora
 from mlx_impl.adapters import read_adapter, write_adapter
 from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
-from mlx_impl.errors import InputError
-from mlx_impl.evaluate import Evaluation, evaluate
+from mlx_impl.errors import InputError, NonFiniteLossError
+from mlx_impl.evaluate import Evaluation, Measuring, evaluate
 from mlx_impl.holdout import split_holdout
 from mlx_impl.model import ContinualLLM
 from mlx_impl.readers import Document, text_document
 from mlx_impl.session import Budget, Session
 from mlx_impl.store import HeldOut, Store, Version, check_domain, open_store
 from mlx_impl.tokenizer import Tokenizer
-from mlx_impl.windows import Batch, evaluation_windows
+from mlx_impl.windows import evaluation_windows
 
 HELD_OUT_FROM = 2000
 """Tokens from which a lesson holds a part out; a smaller one is measured on its own text and says so."""
 
 HELD_OUT_AT_MOST = 4096
 MEASURING_SHARE = 0.1
-"""Share of the time that one of the two evaluations may take; both leave over three quarters to the steps."""
+"""Share of the time that measuring may take before the steps, and again after them."""
+
+MEASURED_TOKENS = 0.3
+"""Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
+
+KEPT_TOKENS = 512
+"""Tokens of each earlier lesson's held-out part on which the domain's forgetting is measured."""
 
 Event = dict[str, Any]
+Adapter = tuple[lora.Arrays, float]
+"""Arrays and scale."""
 
 
 @dataclass
 class Lesson:
-    """What one `learn` did. Losses are in nats per token; `measured` says on which text: heldout, or fit on its own."""
+    """What one `learn` did. Losses are in nats per token; `measured` says on which text: heldout, or fit on its own.
+
+    `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them.
+    """
 
     domain: str
     version: str
@@ -75,8 +91,8 @@ class Lesson:
 class ContinualLearner:
     """A base model, what it has learned, and the means to teach it more.
 
-    `base_model` is left as it is; adapters are attached to it and taken off. Without a store lessons live in memory:
-    the attached adapter is what has been learned.
+    `base_model` is left as it is; adapters are attached to it and taken off. Without a store the lessons are kept in
+    a temporary folder, which goes with the learner.
     """
 
     def __init__(
@@ -92,9 +108,14 @@ class ContinualLearner:
         self.model = base_model
         self.config = config or ContinualLearningConfig()
         self.tokenizer = tokenizer
+        if store is None:
+            folder = tempfile.mkdtemp(prefix="minimac-lessons-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            store = Store(Path(folder), "the model in memory", tokenizer.digest)
         self.store = store
         self.adapter: str | None = None
         """The attached domain; None is the bare base."""
+        self._attached: Adapter | None = None
         use_device(self.config.device)
 
     @classmethod
@@ -105,7 +126,7 @@ class ContinualLearner:
         store: str | Path | None = None,
     ) -> "ContinualLearner":
         """Open a model directory with what it has learned, kept in `store` or in the directory's `learner`."""
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         config = config or ContinualLearningConfig()
         use_device(config.device)
         model = ContinualLLM.from_checkpoint(directory, compute_dtype())
@@ -117,34 +138,49 @@ class ContinualLearner:
     def set_adapter(self, domain: str | None) -> None:
         """Attach the current version of a domain, or with None the bare base. Hashes are checked on reading."""
         if domain is None:
+            self._put(None, None)
+        else:
+            version = self.store.require(domain)
+            self._put(domain, read_adapter(self.store.files_of(version)))
+
+    def _put(self, domain: str | None, adapter: Adapter | None) -> None:
+        """Attach an adapter, or none; one that does not fit leaves the bare base."""
+        self.adapter = self._attached = None
+        if adapter is None:
             lora.detach(self.model)
         else:
-            version = self._store.require(domain)
-            arrays, scale = read_adapter(self._store.files_of(version))
-            lora.attach_arrays(self.model, arrays, scale, self.config.lora_dropout)
-            self.model.train(False)
-        self.adapter = domain
+            lora.attach_arrays(self.model, *adapter, self.config.lora_dropout)
+        self.model.train(False)
+        self.adapter, self._attached = domain, adapter
 
     def choose(self, domain: str | None = None) -> str | None:
         """Attach what a person means: a domain by name, "none" for the bare base, None for main if it has lessons."""
         if domain is None:
-            domain = "main" if "main" in self._store.domains() else "none"
+            domain = "main" if "main" in self.store.domains() else "none"
         self.set_adapter(None if domain == "none" else domain)
         return self.adapter
 
     def undo(self, domain: str = "main", to: int | None = None) -> Version | None:
         """Take the last lesson of a domain back, or go to version `to`; of a first lesson, remove the domain."""
-        with self._store.writing():
-            head = self._store.undo(domain, to)
+        with self.store.writing():
+            head = self.store.undo(domain, to)
         if self.adapter == domain:
             self.set_adapter(domain if head else None)
         return head
 
-    @property
-    def _store(self) -> Store:
-        if self.store is None:
-            raise InputError("this learner keeps nothing on disk: open it with from_checkpoint or give it a store")
-        return self.store
+    def get_stats(self) -> dict[str, Any]:
+        """Domains, lessons that they stand on, weights of one adapter as attached (0: none) and the attached domain."""
+        return {
+            "domains": self.store.domains(),
+            "lessons": sum(record["lessons"] for record in self.store.overview()),
+            "adapter_parameters": lora.num_parameters(lora.adapter_arrays(self.model)),
+            "attached": self.adapter,
+        }
+
+    def print_stats(self) -> None:
+        """Print `get_stats`, one figure a line."""
+        for name, value in self.get_stats().items():
+            print(f"{name.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else value}")
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -162,116 +198,155 @@ class ContinualLearner:
     ) -> Lesson:
         """Teach documents to a domain: at least one optimizer step on them, then a new version of it.
 
-        Raises InputError for a text of fewer than two tokens, NonFiniteLossError when the loss explodes. Whatever
+        Raises InputError for a text with nothing to predict, NonFiniteLossError when the loss explodes. Whatever
         is raised, also KeyboardInterrupt, the domain is as before.
         """
+        started = time.perf_counter()
         check_domain(domain)
-        budget = budget or Budget()
-        before = self.adapter
+        source = source.encode("utf-8", "replace").decode()  # a file's name need not be text
+        before = self.adapter, self._attached
         try:
-            if self.store is None:
-                return self._lesson(documents, domain, source, budget, report)
             with self.store.writing():
-                return self._lesson(documents, domain, source, budget, report)
+                return self._lesson(list(documents), domain, source, budget or Budget(), started, report)
         except BaseException:
-            lora.detach(self.model)
-            self.adapter = None
-            if before is not None and self.store is not None and before in self.store.domains():
-                self.set_adapter(before)
+            self._put(*before)
             raise
 
     def _lesson(
         self,
-        documents: Sequence[Document],
+        documents: list[Document],
         domain: str,
         source: str,
         budget: Budget,
+        started: float,
         report: Callable[[Event], None],
     ) -> Lesson:
-        started = time.perf_counter()
-        train, heldout = self._split(list(documents))
-        parent = self.store.head(domain) if self.store else None
-        depth = parent.depth if parent else 0
-        seed = _seed(self.config.seed, domain, depth)
-        self._attach(domain, parent, mx.random.key(seed))
+        train, heldout = self._split(documents)
         probe = heldout if heldout is not None else train
+        history = self.store.history(domain)
+        parent = history[-1] if history else None
+        seed = _seed(self.config.seed, domain, len(history))
+        shape = self._attach(parent, mx.random.key(seed))
         report({"event": "begin", "tokens": len(train), "heldout": len(heldout) if heldout is not None else 0})
 
-        clock = time.perf_counter()
-        allowed = MEASURING_SHARE * budget.seconds
-        first = evaluate(self.model, self._windows(probe), seconds=allowed)
-        forward = first.tokens / (time.perf_counter() - clock)
+        measuring = Measuring(self.model, self.config.seq_len)
+        first, earlier = self._measure(measuring, probe, history, len(train), budget)
+        _check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        session = Session(self.model, self.config, train, seed % 2**32, budget, started, forward, allowed)
+        end = started + budget.seconds
+        session = Session(
+            self.model, self.config, train, seed % 2**32, budget, end - measuring.seconds, measuring.speed
+        )
         session.run(report)
 
-        after = evaluate(self.model, self._windows(probe, first.tokens))
-        report({"event": "measured", "when": "after", "loss": after.loss, "tokens": after.tokens})
+        left = end - time.perf_counter() if budget.steps is None else math.inf
+        (first, last), *rest = measuring.after(max(left, measuring.seconds))
+        _check_finite(last, "after the lesson: nothing was kept, try a lower --lr")
+        report({"event": "measured", "when": "after", "loss": last.loss, "tokens": last.tokens})
         arrays = lora.adapter_arrays(self.model)
         lesson = Lesson(
             domain=domain,
-            version="v0001",
+            version="",
             source=source,
             tokens=len(train),
             steps=session.step,
-            seconds=0.0,
+            seconds=time.perf_counter() - started,
             training_seconds=session.seconds,
             trained_tokens=session.tokens,
             trainable_parameters=lora.num_parameters(arrays),
             measured="fit" if heldout is None else "heldout",
-            measured_tokens=after.tokens,
+            measured_tokens=last.tokens,
             before=first.loss,
-            after=after.loss,
+            after=last.loss,
             batch_size=session.rows,
             complete=session.complete,
+            kept=[_kept(version, *pair) for version, pair in zip(earlier, rest, strict=False)],
         )
+        lesson.version = self._commit(lesson, parent, arrays, shape, heldout).name
         lesson.seconds = time.perf_counter() - started
-        if self.store is not None:
-            lesson.version = self._commit(lesson, parent, arrays, heldout).name
-        self.adapter = domain
+        self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
 
-    def _attach(self, domain: str, parent: Version | None, key: mx.array) -> None:
-        """The domain's adapter as the lesson begins: its head's, what is attached of it, or a fresh one."""
-        shape = self._shape()
-        if parent is not None and self.store is not None:
+    def _attach(self, parent: Version | None, key: mx.array) -> lora.LoRAConfig:
+        """Attach the adapter as the lesson begins, a fresh one or its parent's; a domain keeps the shape it has."""
+        c = self.config
+        shape = lora.LoRAConfig(c.lora_r, c.lora_alpha, c.lora_dropout, tuple(c.lora_target_modules))
+        if parent is None:
+            lora.attach(self.model, shape, key)
+        else:
             arrays, scale = read_adapter(self.store.files_of(parent))
             lora.attach_arrays(self.model, arrays, scale, shape.dropout)
-        elif self.store is not None or self.adapter != domain:
-            lora.attach(self.model, shape, key)
+            rank = next(array.shape[1] for name, array in arrays.items() if name.endswith("lora_a"))
+            shape = replace(shape, rank=rank, alpha=scale * rank)
         self.model.train(False)
+        return shape
+
+    def _measure(
+        self, measuring: Measuring, probe: data.Tokens, history: list[Version], tokens: int, budget: Budget
+    ) -> tuple[Evaluation, list[Version]]:
+        """Measure the lesson's own probe, then those of earlier lessons, latest first; returns the one and the others.
+
+        The probe is measured on a window at least and, where the time allows, one earlier lesson on a short one. With
+        a number of steps the clock has no say.
+        """
+        c = self.config
+        asked = budget.epochs * tokens
+        seconds = MEASURING_SHARE * budget.seconds
+        if budget.steps is not None:
+            asked = budget.steps * c.batch_size * c.gradient_accumulation_steps * c.seq_len
+            seconds = math.inf
+        at_most = MEASURED_TOKENS * asked
+        share = 2 / 3 if history else 1.0
+        first = measuring.before(probe, max(c.seq_len, share * at_most), share * seconds)
+        left = at_most - first.tokens
+        earlier: list[Version] = []
+        for version in reversed(history):
+            if measuring.seconds + c.seq_len / measuring.speed > seconds or (earlier and left <= 0):
+                break
+            kept = self.store.heldout(version)
+            if kept is not None:
+                text = data.Tokens(kept.ids, kept.trained, kept.documents, kept.bytes)
+                left -= measuring.before(text, min(KEPT_TOKENS, left), seconds - measuring.seconds).tokens
+                earlier.append(version)
+        return first, earlier
 
     def _split(self, documents: list[Document]) -> tuple[data.Tokens, data.Tokens | None]:
         """Training and held-out tokens; the latter None where the text is too short or nothing is to be held out."""
-        loss_on = self.config.loss_on
-        everything = data.tokens_of(documents, self.tokenizer, loss_on)
-        if len(everything) < 2:
+        tokens_of = lambda chosen: data.tokens_of(chosen, self.tokenizer, self.config.loss_on)  # noqa: E731
+        if self.config.holdout > 0 and self._is_long(documents):
+            count = lambda text: len(self.tokenizer.encode(text)) + 1  # noqa: E731  with the end of the text
+            train, held = split_holdout(documents, self.config.holdout, HELD_OUT_AT_MOST, count, self.config.seed)
+            sizes = accumulate(len(tokens_of([document])) for document in held)  # a chat template adds to the text
+            kept = tokens_of([doc for doc, size in zip(held, sizes, strict=True) if size <= HELD_OUT_AT_MOST])
+            rest = tokens_of(train)
+            if _teaches(kept) and _teaches(rest):
+                return rest, kept
+        everything = tokens_of(documents)
+        if not _teaches(everything):
             raise InputError(
-                f"the text has {len(everything)} tokens, at least 2 are needed: there is nothing to predict"
+                f"nothing to predict in this text: it has {len(everything)} tokens, of which the first is given, and "
+                f"--loss-on {self.config.loss_on} says which of the others count"
             )
-        if self.config.holdout == 0 or len(everything) < HELD_OUT_FROM:
-            return everything, None
-        count = lambda text: len(self.tokenizer.encode(text))  # noqa: E731
-        train, held = split_holdout(documents, self.config.holdout, HELD_OUT_AT_MOST, count, self.config.seed)
-        kept = data.tokens_of(held, self.tokenizer, loss_on)
-        if len(kept) < 2:
-            return everything, None
-        return data.tokens_of(train, self.tokenizer, loss_on), kept
+        return everything, None
 
-    def _windows(self, tokens: data.Tokens, at_most: int = HELD_OUT_AT_MOST) -> Iterator[Batch]:
-        """Evaluation windows that count `at_most` tokens or, to end on a window, a few more."""
-        counted = 0
-        for rows, mask in evaluation_windows(tokens, self.config.seq_len, self.config.seq_len):
-            if counted >= at_most:
-                return
-            counted += int(mask.sum())
-            yield rows, mask
+    def _is_long(self, documents: list[Document]) -> bool:
+        """Whether the documents have `HELD_OUT_FROM` tokens; reads no further than it must."""
+        tokens = 0
+        for document in documents:
+            tokens += len(data.encode_document(document, self.tokenizer, self.config.loss_on)[0])
+            if tokens >= HELD_OUT_FROM:
+                return True
+        return False
 
     def _commit(
-        self, lesson: Lesson, parent: Version | None, arrays: lora.Arrays, heldout: data.Tokens | None
+        self,
+        lesson: Lesson,
+        parent: Version | None,
+        arrays: lora.Arrays,
+        shape: lora.LoRAConfig,
+        heldout: data.Tokens | None,
     ) -> Version:
-        assert self.store is not None
         kept = None
         if heldout is not None:
             kept = HeldOut(heldout.ids, heldout.trained, heldout.n_documents, heldout.n_bytes)
@@ -279,16 +354,12 @@ class ContinualLearner:
         return self.store.commit(
             lesson.domain,
             parent,
-            lambda folder: write_adapter(folder, arrays, self._shape(), self.model),
+            lambda folder: write_adapter(folder, arrays, shape, self.model),
             source=lesson.source,
             config=asdict(self.config),
             figures=figures,
             heldout=kept,
         )
-
-    def _shape(self) -> lora.LoRAConfig:
-        c = self.config
-        return lora.LoRAConfig(c.lora_r, c.lora_alpha, c.lora_dropout, tuple(c.lora_target_modules))
 
     # -- using ---------------------------------------------------------------------------------------------------
 
@@ -303,6 +374,29 @@ class ContinualLearner:
         """The text that follows `prompt` under the attached domain; `sampling` as in `generate.Sampling`."""
         settings = generate.Sampling(**sampling)
         return generate.complete(self.model, self.tokenizer, prompt, max_length, settings).text
+
+
+def _teaches(tokens: data.Tokens) -> bool:
+    """Whether there is a token to predict that counts."""
+    return len(tokens) >= 2 and (tokens.trained is None or bool(tokens.trained[1:].any()))
+
+
+def _check_finite(measured: Evaluation, what: str) -> None:
+    if not math.isfinite(measured.loss):
+        raise NonFiniteLossError(f"the loss is {measured.loss} {what}")
+
+
+def _kept(version: Version, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """How the loss on an earlier lesson's held-out part changed; the percentage is that of its perplexity."""
+    change = min(after.loss - before.loss, 700.0)  # what exp still can
+    return {
+        "version": version.name,
+        "source": version.source,
+        "before": before.loss,
+        "after": after.loss,
+        "tokens": after.tokens,
+        "ppl_forget_percent": 100 * math.expm1(change),
+    }
 
 
 def _seed(seed: int, domain: str, depth: int) -> int:

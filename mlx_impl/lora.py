@@ -84,10 +84,14 @@ def attach(model: BaseModel, config: LoRAConfig, key: mx.array) -> list[str]:
     """Put a fresh adapter on every target; only its arrays stay trainable. Returns the paths.
 
     `key` (see mx.random.key) alone decides the initial lora_a. An adapter already attached is detached first.
+    InputError for a rank above that of every target.
     """
     detach(model)
     paths = linear_paths(model, config.targets)
     modules: dict[str, Any] = dict(model.named_modules())
+    highest = max(min(modules[path].weight.shape) for path in paths)
+    if config.rank > highest:
+        raise InputError(f"rank = {config.rank} is more than any layer can use: at most {highest} (--rank)")
     keys = mx.random.split(key, len(paths))
     swapped = [(p, LoRALinear.from_base(modules[p], config, k)) for p, k in zip(paths, keys, strict=True)]
     _swap(model, swapped)

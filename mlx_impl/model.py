@@ -18,6 +18,7 @@ from mlx_impl import modeldir
 from mlx_impl.arrays import flatten, load, unflatten
 from mlx_impl.cache import Cache, KVCache, Mask, RotatingKVCache
 from mlx_impl.config import ModelConfig
+from mlx_impl.errors import DamagedFileError
 from mlx_impl.files import read_json
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class ContinualLLM(nn.Module):
         Raises InputError if it is not there or not a Llama, DamagedFileError listing every tensor that is
         missing, unknown or of the wrong shape.
         """
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         config = ModelConfig.from_hf(read_json(directory / modeldir.CONFIG), str(directory / modeldir.CONFIG))
         files = modeldir.checked_weights(directory, config)
         model = cls(config)  # its random weights are lazy and never computed
@@ -203,6 +204,10 @@ class ContinualLLM(nn.Module):
             arrays.update(load(file))
         model.load_weights([(name, array.astype(dtype)) for name, array in arrays.items() if name in wanted])
         mx.eval(model.parameters())
+        if not (directory / modeldir.MANIFEST).is_file():  # where there is one, hashes vouch for the values
+            bad = [n for n, array in flatten(model.parameters()).items() if not mx.isfinite(array).all().item()]
+            if bad:
+                raise DamagedFileError(f"{directory}: not all values are finite in {', '.join(bad[: modeldir.SHOWN])}")
         return model
 
     def generate(self, prompt: str, tokenizer: "Tokenizer", max_new_tokens: int = 100, **sampling: Any) -> str:

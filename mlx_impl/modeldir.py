@@ -28,8 +28,8 @@ LOSS_PLOT = "loss.png"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+SHOWN = 10  # bad tensors that an error names
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-MAX_LAYERS = 1024  # more than any Llama has; bounds what a hostile config.json makes us list
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
@@ -53,10 +53,8 @@ class TensorInfo(NamedTuple):
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """HF name -> shape of every weight that a model of this configuration has, in file order.
 
-    Linear weights are (out, in). Raises InputError for more than MAX_LAYERS layers.
+    Linear weights are (out, in).
     """
-    if config.num_layers > MAX_LAYERS:
-        raise InputError(f"num_layers = {config.num_layers:,}, at most {MAX_LAYERS:,} are supported")
     d, f, v = config.d_model, config.d_ff, config.vocab_size
     q, kv = config.num_query_heads * config.head_width, config.num_kv_heads * config.head_width
     attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
@@ -148,7 +146,10 @@ def _is_ignored(name: str) -> bool:
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise DamagedFileError naming all missing, unknown and wrongly shaped tensors, if there are any."""
+    """Raise DamagedFileError for missing, unknown and wrongly shaped tensors, if there are any.
+
+    All are counted and the first `SHOWN` of a kind named: a wrong num_layers makes thousands.
+    """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     wrong = [
@@ -157,7 +158,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         if name in expected and tuple(shape) != tuple(expected[name])
     ]
     problems = [
-        f"{what}: {', '.join(names)}"
+        f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''}"
         for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
         if names
     ]

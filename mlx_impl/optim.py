@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 from mlx_impl.arrays import Tree, flatten
 
 Loss = Callable[[Tree, mx.array, mx.array], tuple[mx.array, mx.array]]
+Penalty = Callable[[Tree], mx.array]
 
 
 class AdamW(mlx.optimizers.AdamW):
@@ -66,7 +67,8 @@ class StepResult:
 
     loss_sum: mx.array  # nats
     tokens: mx.array
-    grad_norm: mx.array
+    grad_norm: mx.array  # of the mean loss and the penalty together, before clipping
+    penalty: mx.array  # nats per token, at the parameters before the step; not part of loss_sum
 
     def read(self) -> tuple[float, float]:
         """(mean loss in nats per token, gradient norm); waits until they are computed."""
@@ -78,10 +80,20 @@ class Stepper:
     """Optimizer steps over (microbatches of) windows; holds parameters and optimizer, compiled where it can be.
 
     `loss(parameters, tokens, mask)` returns (sum in nats, tokens). Compiled and eager steps give the same numbers up
-    to float32 rounding. `extra(parameters)`, if given, is a penalty in nats per token added to the mean loss.
+    to float32 rounding. `penalty(parameters)`, a scalar in nats per token, is added to the mean loss: its gradient
+    comes once a step, after the division by tokens and before clipping. Arrays that it closes over are constants
+    of a compiled step and must have been computed.
     """
 
-    def __init__(self, parameters: Tree, optimizer: AdamW, loss: Loss, max_grad_norm: float, compiled: bool) -> None:
+    def __init__(
+        self,
+        parameters: Tree,
+        optimizer: AdamW,
+        loss: Loss,
+        max_grad_norm: float,
+        compiled: bool,
+        penalty: Penalty | None = None,
+    ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
         optimizer.init(parameters)
@@ -97,15 +109,19 @@ class Stepper:
 
         def apply(parameters: Tree, state: Tree, gradients: Tree, count: mx.array) -> tuple:
             gradients = tree_map(lambda g: g / mx.maximum(count, 1), gradients)
+            extra = mx.array(0.0)
+            if penalty is not None:
+                extra, more = mx.value_and_grad(penalty)(parameters)
+                gradients = tree_map(mx.add, gradients, more)
             gradients, norm = clip_by_global_norm(gradients, max_grad_norm)
             optimizer.state = state
             parameters = optimizer.apply_gradients(gradients, parameters)
-            return parameters, optimizer.state, norm
+            return parameters, optimizer.state, norm, extra
 
         def whole(parameters: Tree, state: Tree, tokens: mx.array, mask: mx.array) -> tuple:
             loss_sum, count, gradients = accumulate(parameters, None, tokens, mask)
-            parameters, state, norm = apply(parameters, state, gradients, count)
-            return parameters, state, loss_sum, count, norm
+            parameters, state, norm, extra = apply(parameters, state, gradients, count)
+            return parameters, state, loss_sum, count, norm, extra
 
         random = [mx.random.state]  # dropout draws from it, so it is state like the rest
         if compiled:
@@ -122,17 +138,17 @@ class Stepper:
         self.optimizer.learning_rate = mx.array(learning_rate)
         state = self.optimizer.state
         if len(batches) == 1:
-            self.parameters, state, loss_sum, count, norm = self._whole(self.parameters, state, *batches[0])
+            self.parameters, state, loss_sum, count, norm, extra = self._whole(self.parameters, state, *batches[0])
         else:
             loss_sum, count, total = self._first(self.parameters, *batches[0])
             for tokens, mask in batches[1:]:
                 mx.eval(total)  # one microbatch's activations at a time
                 more, n, total = self._more(self.parameters, total, tokens, mask)
                 loss_sum, count = loss_sum + more, count + n
-            self.parameters, state, norm = self._apply(self.parameters, state, total, count)
+            self.parameters, state, norm, extra = self._apply(self.parameters, state, total, count)
         self.optimizer.state = state
-        mx.async_eval(self.parameters, state, loss_sum, count, norm)
-        return StepResult(loss_sum, count, norm)
+        mx.async_eval(self.parameters, state, loss_sum, count, norm, extra)
+        return StepResult(loss_sum, count, norm, extra)
 
 
 def can_compile() -> bool:

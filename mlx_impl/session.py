@@ -25,6 +25,9 @@ Event = dict[str, Any]
 STEPS_WANTED = 16
 """Steps that a short budget should still hold: the batch shrinks to get there."""
 
+BACKWARD = 3
+"""A step's time in forward passes."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -41,7 +44,7 @@ class Budget:
 
 
 class Session:
-    """The steps of one lesson within its budget."""
+    """The steps of one lesson within its budget; `tokens` counts those that were trained on, each time they were."""
 
     def __init__(
         self,
@@ -50,28 +53,25 @@ class Session:
         train: Tokens,
         seed: int,
         budget: Budget,
-        started: float,
-        forward: float,
-        reserve: float,
+        deadline: float,
+        speed: float,
     ) -> None:
-        self.model, self.config, self.budget = model, config, budget
+        """`deadline`: when the last step should have ended, by time.perf_counter; `speed`: tokens a second, forward."""
+        self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
         windows = Windows(train, config.seq_len)
-        self.deadline = started + budget.seconds - reserve  # `reserve` is what the second measurement takes
-        speed = forward / 3  # a forward and a backward pass; the first steps will tell better
-        per_row = windows.seq_len * config.gradient_accumulation_steps
-        affordable = (self.deadline - time.perf_counter()) * speed / per_row  # rows
-        enough = min(budget.epochs * len(windows), affordable) / STEPS_WANTED
+        accumulated = config.gradient_accumulation_steps
+        seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
+        affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
+        enough = min(budget.epochs * len(windows) / accumulated, affordable) / STEPS_WANTED
         self.rows = max(1, min(config.batch_size, int(enough)))
         if budget.steps is not None:
             self.rows = config.batch_size
         self.batches = Batches(windows, self.rows, seed)
         self.rows = self.batches.rows
-        self.planned = budget.steps or max(
-            1, math.ceil(budget.epochs * len(windows) / (self.rows * config.gradient_accumulation_steps))
-        )
+        self.planned = budget.steps or max(1, math.ceil(budget.epochs * len(windows) / (self.rows * accumulated)))
         self.total = self.planned
         if budget.steps is None:
-            self.total = max(1, min(self.planned, int(affordable / self.rows)))
+            self.total = max(1, int(min(self.planned, affordable / self.rows)))
         mx.random.seed(seed)
         optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
@@ -107,7 +107,7 @@ class Session:
         result = self.stepper.step([(mx.array(t), mx.array(m)) for t, m in batch], rate)
         loss, norm = result.read()
         self.step += 1
-        self.tokens += sum(m.size for _, m in batch)
+        self.tokens += sum(int(m.sum()) for _, m in batch)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(f"step {self.step}: the loss became {loss}; nothing was kept, try a lower --lr")
         report(
@@ -125,5 +125,5 @@ class Session:
         """Whether another step fits; brings the plan, and with it the schedule, in line with the speed so far."""
         now = time.perf_counter()
         per_step = (now - started) / self.step
-        self.total = min(self.planned, self.step + int((self.deadline - now) / per_step))
+        self.total = int(min(self.planned, self.step + (self.deadline - now) / per_step))
         return self.step < self.total

@@ -1,8 +1,8 @@
 """What a model has learned, on disk: a SQLite commit log beside ordinary mlx-lm adapter folders.
 
 A lesson is written to a temporary folder, fsynced and renamed; then ONE transaction moves the domain's head. A crash
-leaves the old head or the new one, never a mixture, and what it leaves lying about is swept by the next writer. So is
-what a failed one wrote. Versions are immutable and their files' hashes are checked when they are read. Imports no MLX: arrays are files here.
+leaves the old head or the new one, never a mixture. What a crashed or failed writer leaves lying about is swept.
+Versions are immutable and their files' hashes are checked when they are read. Imports no MLX: arrays are files here.
 """
 
 import contextlib
@@ -224,6 +224,9 @@ class Store:
                     f"{self.folder} cannot be written to; keep lessons elsewhere with --store DIR"
                 ) from None
             try:
+                if self._database.is_file():
+                    with self._connected() as db:
+                        self._check(db)  # another process may have begun it
                 self._sweep()
                 yield
             except BaseException:
@@ -340,11 +343,12 @@ class Store:
 
     def _remove_unused(self, keep_folder: bool) -> None:
         """Remove database and lock, which is held, if there is no lesson; the folder too if nothing is left in it."""
-        others = [path for path in self.folder.iterdir() if path not in (self._database, self.folder / ".lock")]
+        ours = [*sorted(self.folder.glob(f"{_DATABASE}*"), reverse=True), self.folder / ".lock"]  # the journal first
+        others = [path for path in self.folder.iterdir() if path not in ours]
         if self._select("1") or any(_is_domain(path.name) for path in others):
             return
-        self._database.unlink(missing_ok=True)
-        (self.folder / ".lock").unlink(missing_ok=True)
+        for path in ours:
+            path.unlink(missing_ok=True)
         if not keep_folder and not others:
             self.folder.rmdir()
 
@@ -360,16 +364,21 @@ class Store:
 
     @contextlib.contextmanager
     def _connected(self, path: Path | None = None) -> Iterator[sqlite3.Connection]:
-        """A connection, closed at the end. What SQLite finds wrong becomes an OSError or a DamagedFileError."""
+        """A connection to the database, or to a new one at `path`, closed at the end.
+
+        What SQLite finds wrong becomes an OSError or a DamagedFileError.
+        """
+        mode = "rwc" if path else "rw"  # without it, reading what was just removed would make an empty file
+        where = f"{(path or self._database).absolute().as_uri()}?mode={mode}"
         try:
-            with contextlib.closing(sqlite3.connect(path or self._database, timeout=10)) as db:
+            with contextlib.closing(sqlite3.connect(where, timeout=10, uri=True)) as db:
                 db.execute("PRAGMA foreign_keys = ON")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA secure_delete = ON")
                 if sys.platform == "darwin":
                     db.execute("PRAGMA fullfsync = ON")
                 yield db
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter for a damaged schema's text
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code == sqlite3.SQLITE_FULL:
                 raise OSError(errno.ENOSPC, str(error), str(self._database)) from None

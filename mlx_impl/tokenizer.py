@@ -91,7 +91,7 @@ class Tokenizer:
         InputError: no tokenizer.json, or a kind of tokenizer that is not supported. DamagedFileError: a file
         that is not what it should be, or our tokenizer.json beside a tokenizer.model that disagrees with it.
         """
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         path, beside = directory / "tokenizer.json", directory / "tokenizer.model"
         if not path.is_file():
             raise InputError(

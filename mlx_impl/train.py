@@ -24,7 +24,7 @@ from mlx_impl.errors import InputError, Interrupted, NonFiniteLossError
 from mlx_impl.evaluate import evaluate
 from mlx_impl.loss import loss_of
 from mlx_impl.model import ContinualLLM
-from mlx_impl.optim import AdamW, Stepper, StepResult, can_compile, warmup_cosine
+from mlx_impl.optim import AdamW, Penalty, Stepper, StepResult, can_compile, warmup_cosine
 from mlx_impl.windows import Batches, evaluation_windows
 
 Event = dict[str, Any]
@@ -41,13 +41,15 @@ def train_steps(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     compiled: bool = False,
+    penalty: Penalty | None = None,
 ) -> list[float]:
     """Train what is trainable on given data, a list of microbatches (tokens (B, T+1), mask (B, T)) a step.
 
-    Returns the mean loss of each step in nats per token, before its update. The loop that the reference has too.
+    Returns the mean loss of each step in nats per token, before its update and without the penalty, of which see
+    `Stepper`. The loop that the reference has too.
     """
     optimizer = AdamW(learning_rates[0], betas, eps, weight_decay)
-    stepper = Stepper(model.trainable_parameters(), optimizer, loss_of(model), max_grad_norm, compiled)
+    stepper = Stepper(model.trainable_parameters(), optimizer, loss_of(model), max_grad_norm, compiled, penalty)
     losses = []
     for step, rate in zip(batches, learning_rates, strict=True):
         result = stepper.step(step, rate)

@@ -137,7 +137,7 @@ def test_llama3_rope_scaling(tmp_path: Path) -> None:
         ({"llama__attention__head_count_kv": [2, 1]}, InputError, "differs between layers"),
         ({"llama__block_count": None}, DamagedFileError, "block_count is None"),
         ({"llama__block_count": 3}, DamagedFileError, "missing: model.layers.2.input_layernorm.weight, "),
-        ({"llama__block_count": 2**31 - 1}, InputError, "num_layers = 2,147,483,647"),
+        ({"llama__block_count": 2**31 - 1}, DamagedFileError, "num_layers = 2,147,483,647"),
         ({"llama__feed_forward_length": 100}, DamagedFileError, r"is \[96, 64\].*says \[100, 64\]"),
         ({"llama__rope__freq_base": -1.0}, DamagedFileError, "freq_base is -1.0"),
         ({"general__alignment": 24}, DamagedFileError, "alignment is 24"),

@@ -39,6 +39,7 @@ ORDER = [
     "lora",
     "adapters",
     "loss",
+    "ewc",
     "optim",
     "checkpoint",
     "evaluate",

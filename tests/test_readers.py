@@ -218,7 +218,7 @@ def test_what_is_no_text_is_refused_in_one_line(tmp_path: Path, content: bytes, 
 def test_missing_and_irregular_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         list(read_documents([tmp_path / "missing.txt"]))
-    with pytest.raises(InputError, match="a text itself is given with --text") as caught:
+    with pytest.raises(InputError, match="`learn --text` takes a text itself") as caught:
         list(read_documents([Path("a whole text\n" * 100)]))
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="not a regular file; use -"):

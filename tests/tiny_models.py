@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2, 64, 96, 4, 2, 16, 128
@@ -40,6 +41,17 @@ def byte_characters() -> list[str]:
 def vocabulary() -> list[str]:
     """Special tokens, the 256 bytes, and what MERGES make of them."""
     return [*SPECIAL, *byte_characters(), *(merge.replace(" ", "") for merge in MERGES)]
+
+
+def tokenizer_json() -> str:
+    """The same vocabulary and merges as Hugging Face's library writes them."""
+    vocab = {token: number for number, token in enumerate(vocabulary())}
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in MERGES)]
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    library.add_special_tokens(SPECIAL)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return str(library.to_str())
 
 
 def weights(seed: int = 0, vocab: int | None = None) -> dict[str, np.ndarray]:
@@ -158,7 +170,7 @@ def write_hf(folder: Path, arrays: dict[str, np.ndarray] | None = None, shards: 
     folder.mkdir(parents=True)
     vocab = arrays["model.embed_tokens.weight"].shape[0]
     (folder / "config.json").write_text(json.dumps(HF_CONFIG | {"vocab_size": vocab} | changes))
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer.json").write_text(tokenizer_json())
     names = list(arrays)
     if shards == 1:
         save_file(arrays, folder / "model.safetensors", {"format": "pt"})

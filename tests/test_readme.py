@@ -1,0 +1,104 @@
+"""The README is true: its Python runs, its first ten minutes run, every command in it parses, its figures have a file.
+
+A tiny model stands where `pull` would put SmolLM2, so that nothing is downloaded.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+import pytest
+
+import cli
+from mlx_impl import modeldir
+from mlx_impl.arrays import flatten
+from mlx_impl.config import ModelConfig
+from mlx_impl.model import ContinualLLM
+from mlx_impl.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every `minimac-mlx` line of the README, without the program's name and comments."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("minimac-mlx")]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a tiny pulled model, and notes in the current folder."""
+    home = tmp_path / ".minimac-mlx"
+    model = home / "models" / "smollm2-135m-instruct"
+    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:6])
+    tokenizer = Tokenizer.train([text], 400)
+    tokenizer.save(tmp_path / "tok")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tok").iterdir()}
+    settings = json.loads(files["tokenizer_config.json"])
+    files["tokenizer_config.json"] = json.dumps({**settings, "chat_template": CHAT}).encode()
+    config = ModelConfig(tokenizer.vocab_size, d_model=32, num_layers=2, num_query_heads=4, num_kv_heads=2, d_ff=64)
+    arrays = {name: np.array(array) for name, array in flatten(ContinualLLM(config).parameters()).items()}
+    modeldir.write_model_directory(model, config, arrays, files, {}, {})
+    (home / "default").write_text(str(model))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MINIMAC_HOME", raising=False)
+    monkeypatch.delenv("MINIMAC_MODEL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").write_text(text[:12000], encoding="utf-8")
+    return tmp_path
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_the_first_ten_minutes(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = blocks("sh")[1]
+    lines = [shlex.split(line, comments=True)[1:] for line in first.splitlines() if line.startswith("minimac-mlx")]
+    assert [line[0] for line in lines if line[0] != "generate"] == ["doctor", "pull", "learn", "eval", "list", "undo"]
+    for line in lines:
+        if line[0] != "pull":  # the fixture did
+            assert run(line) == 0, line
+    assert "undone v0001; main had no other lesson and is removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_every_command_parses(arguments: list[str]) -> None:
+    """Names and options exist; nothing is run."""
+    command = cli.cli.commands[arguments[0]]
+    command.make_context(arguments[0], list(arguments[1:]))
+
+
+def test_python_blocks_run(reader: Path) -> None:
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_yaml_blocks_are_configurations(tmp_path: Path) -> None:
+    from mlx_impl.recipe import read_config
+
+    (tmp_path / "c.yaml").write_text(blocks("yaml")[0])
+    model, train = read_config(str(tmp_path / "c.yaml"))
+    assert (model.num_layers, train) == (8, {"lr": 0.0005, "steps": 2000})
+
+
+def test_parity_figures_are_those_of_the_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text(encoding="utf-8"))
+    for name, figures in result["against"].items():
+        same = "yes" if figures["same_greedy_tokens"] else "no"
+        assert f"| {name} | {figures['largest_difference']:.1e} | {same} |" in README
+        assert figures["largest_difference"] <= 1e-3
