@@ -1,105 +1,27 @@
 """The `minimac-mlx` command: parse, call one function, print.
 
 Results go to stdout (with --json one JSON object, in ASCII), progress and errors to stderr. Heavy imports happen inside
-the commands, so that --help stays quick. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 a damaged file,
-4 locked by another process, 130 interrupted. Whatever fails is one line; --debug puts the traceback before it.
+the commands, so that --help stays quick. What the commands share, exit codes included, is in `mlx_impl/shell.py`.
 """
 
 import dataclasses
-import errno
-import io
-import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_impl.config import LOSS_ON, PRESETS, ContinualLearningConfig, TrainConfig, default_of, help_of
-from mlx_impl.errors import InputError, MiniMacError
+from mlx_impl.config import LOSS_ON, PRESETS, ContinualLearningConfig, TrainConfig, help_of
+from mlx_impl.errors import InputError
+from mlx_impl.shell import FOLDER, common, emit, given, printable, run, setting, show_version, write
 
 if TYPE_CHECKING:
     from mlx_impl.console import Reporter
     from mlx_impl.readers import Document
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
 PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
-
-
-def setting(cls: type, name: str, flag: str | None = None, kind: Any = None) -> Callable:
-    """A click option made from a configuration's field: its default and its help stand there."""
-    default = default_of(cls, name)
-    return click.option(
-        flag or f"--{name.replace('_', '-')}",
-        name,
-        type=kind or type(default),
-        default=None,
-        help=help_of(cls, name) + (f"  [default: {default}]" if default is not None else ""),
-    )
-
-
-def common(model: bool = True, store: bool = True) -> Callable:
-    """The options that every command has: --json, --quiet, --debug, and --model and --store where it uses one."""
-
-    def decorate(function: Callable) -> Callable:
-        options = [
-            click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
-            click.option("--quiet", is_flag=True, help="no progress"),
-            click.option("--debug", is_flag=True, expose_value=False, help="a traceback when something fails"),
-        ]
-        if model:
-            existing = click.Path(exists=True, file_okay=False, path_type=Path)
-            shown = "model directory  [default: MINIMAC_MODEL, else the last one pulled]"
-            options.append(click.option("-m", "--model", type=existing, help=shown))
-        if model and store:
-            shown = "where lessons are kept  [default: MODEL/learner]"
-            options.append(click.option("--store", type=FOLDER, help=shown))
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def given(**values: Any) -> dict[str, Any]:
-    """The options that were set."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
-    """Print a result: as JSON, or as text for a person."""
-    write((json.dumps(record, allow_nan=False) if as_json else text) + "\n")
-
-
-def write(text: str) -> None:
-    """Put text on stdout at once. Where its reader has left, the command ends there, as done."""
-    if sys.stdout is None:  # closed by whoever started us
-        return
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        from mlx_impl.console import silence
-
-        silence(sys.stdout)
-        if isinstance(error, BrokenPipeError):
-            raise click.exceptions.Exit(0) from None
-        raise MiniMacError(f"the result could not be written to stdout: {error.strerror}") from None
-
-
-def show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    """What --version prints; a checkout that is not installed has no version of its own."""
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            write(f"minimac-mlx {version('minimac-mlx')}\n")
-        except PackageNotFoundError:
-            write("minimac-mlx, a checkout that is not installed\n")
-        context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -191,7 +113,7 @@ def learn(
     with Reporter(quiet) as reporter:
         documents, label = _documents(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(_model(model), config, store)
-        lesson = learner.learn(documents, domain, _printable(source or label), budget, reporter)
+        lesson = learner.learn(documents, domain, printable(source or label), budget, reporter)
     record = lesson.as_json()
     emit(as_json, record, lesson_text(record))
 
@@ -465,12 +387,12 @@ def train(
       minimac-mlx train --out my-model --resume
       minimac-mlx train law.txt --init my-model --out my-lawyer --epochs 2 --lr 1e-4
     """
+    from mlx_impl import recipe
     from mlx_impl.console import Reporter, training_text
-    from mlx_impl.recipe import draw, run
 
     with Reporter(quiet) as reporter:
         try:
-            progress = run(
+            progress = recipe.run(
                 paths=paths,
                 out=out,
                 config=config,
@@ -483,7 +405,7 @@ def train(
                 report=reporter,
             )
         finally:
-            draw(out)
+            recipe.draw(out)
     record = {"model": str(out), **dataclasses.asdict(progress)}
     emit(as_json, record, training_text(record))
 
@@ -577,62 +499,9 @@ def _stdin() -> str:
         raise InputError(f"stdin: not UTF-8 at byte {error.start:,}; convert it to UTF-8 first") from None
 
 
-def _printable(text: str) -> str:
-    """The text on one line, without what a terminal would obey or an encoding refuse: a file name can hold both."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """What is said of an error, and the exit code it ends with."""
-    if isinstance(error, click.UsageError):
-        where = error.ctx.command_path if error.ctx else "minimac-mlx"
-        return f"{error.format_message().rstrip('.')}; see `{where} --help`", error.exit_code
-    if isinstance(error, click.ClickException):
-        return error.format_message(), error.exit_code
-    if isinstance(error, MiniMacError):
-        return str(error), error.exit_code
-    if isinstance(error, OSError):
-        return _explain_system(error)
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, MemoryError) or "allocate" in reason:  # MLX says so in a RuntimeError
-        return f"out of memory; take a smaller --batch-size, context or model ({reason})", 1
-    return f"internal error: {reason}; run it again with --debug and report what that prints", 1
-
-
-def _explain_system(error: OSError) -> tuple[str, int]:
-    """What is said where the operating system refused."""
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{where}{error.strerror}; nothing was half-written, make room and try again", 1
-    if isinstance(error, PermissionError):
-        return f"{where}permission denied", 1
-    if isinstance(error, FileNotFoundError):
-        return f"{where}no such file or folder", 2
-    if isinstance(error, NotADirectoryError | FileExistsError):
-        return f"{where}a folder is needed here and a file is in its place", 2
-    return f"{where}{error.strerror or error}", 1
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: run a command, turn its errors into one line and an exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an encoding without the character is no reason to stop
-    try:
-        code = cli.main(arguments, prog_name="minimac-mlx", standalone_mode=False) or 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        code = 130
-    except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        text, code = _explain(error)
-        click.echo(f"{'' if code == 130 else 'error: '}{_printable(text)}", err=True)
-    sys.exit(code)
+    """Entry point."""
+    run(cli, "minimac-mlx", arguments)
 
 
 if __name__ == "__main__":

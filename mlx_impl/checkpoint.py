@@ -6,7 +6,9 @@ state is a folder of its own, renamed into place; `trainer/` holds the latest.
 """
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +56,7 @@ def save_state(folder: Path, step: int, parameters: Tree, optimizer_state: Tree,
     target = folder / f"step-{step:08d}"
     with files.atomic_folder(target, replace=True) as temporary:
         for name, tree in (("parameters", parameters), ("optimizer", optimizer_state)):
-            mx.save_safetensors(str(temporary / f"{name}.safetensors"), dict(sorted(flatten(tree).items())))
+            _save(temporary / f"{name}.safetensors", tree)
         digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
         random = mx.random.state[0].tolist()  # type: ignore[index]
         state = {"version": STATE_VERSION, "step": step, "random": random, "files": digests}
@@ -63,6 +65,14 @@ def save_state(folder: Path, step: int, parameters: Tree, optimizer_state: Tree,
         if path != target:
             shutil.rmtree(path)
     return target
+
+
+def _save(path: Path, tree: Tree) -> None:
+    """Write a tree in the order of its names, so that equal trees are equal files; OSError where the disk is full."""
+    try:
+        mx.save_safetensors(str(path), dict(sorted(flatten(tree).items())))
+    except RuntimeError as error:  # MLX does not say why; too little room is the usual reason
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def latest_state(folder: Path) -> Path:

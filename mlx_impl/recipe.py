@@ -4,6 +4,7 @@ Everything that can be wrong with the input is found before the output directory
 kept in the directory, so that `--resume` needs nothing but its name.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ import yaml
 
 from mlx_impl import checkpoint, data, files, modeldir, readers
 from mlx_impl.config import PRESETS, ModelConfig, TrainConfig, checked
-from mlx_impl.device import dtype_name, training_dtype
+from mlx_impl.device import dtype_name, memory_bytes, training_dtype
 from mlx_impl.errors import InputError
 from mlx_impl.model import ContinualLLM
 from mlx_impl.plots import plot_losses
@@ -110,14 +111,22 @@ def start(request: Request, report: Callable[[Event], None]) -> Progress:
     train, heldout = _data(request, tokenizer, report)
     model = _model(request, tokenizer)
     batches = _batches(request.train, model.config, train)
+    existed = request.out.is_dir()
     request.out.mkdir(parents=True, exist_ok=True)
     with files.locked(request.out / ".lock", str(request.out)):
-        checkpoint.begin(request.out, model.config, tokenizer)
-        (request.out / "trainer").mkdir(exist_ok=True)
-        files.write_json(request.out / "trainer" / REQUEST, _as_json(request))
-        trainer = _trainer(request, model, batches, heldout, report)
-        report(forecast(trainer, len(train)))
-        trainer.start()
+        try:
+            checkpoint.begin(request.out, model.config, tokenizer)
+            (request.out / "trainer").mkdir()
+            files.write_json(request.out / "trainer" / REQUEST, _as_json(request))
+            trainer = _trainer(request, model, batches, heldout, report)
+            report(forecast(trainer, len(train)))
+            trainer.start()
+        except BaseException:  # nothing can be resumed yet, so nothing is to be left
+            for path in request.out.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed:
+                request.out.rmdir()
+            raise
         return trainer.run()
 
 
@@ -271,6 +280,12 @@ def _model(request: Request, tokenizer: Tokenizer) -> ContinualLLM:
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
     )
+    needed, there = 28 * config.num_parameters(), memory_bytes()
+    if needed > there:
+        raise InputError(
+            f"training {config.num_parameters():,} parameters takes at least {needed / 1e9:,.1f} GB, "
+            f"this machine has {there / 1e9:,.1f}; choose a smaller --config"
+        )
     return ContinualLLM(config, request.train.seed)
 
 

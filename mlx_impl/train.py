@@ -110,6 +110,7 @@ class Trainer:
         parameters, optimizer_state = checkpoint.load_state(state, rest)
         self.stepper.parameters, self.stepper.optimizer.state = parameters, optimizer_state
         self.progress = Progress(**rest["progress"])
+        self._saved = self.progress.step
         checkpoint.cut_metrics(self.metrics, self.progress.step)
         self.report({"event": "resumed", "step": self.progress.step})
 
@@ -190,7 +191,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"step {step}: the loss is {loss} and the gradient's norm {norm}; the state of step "
-                f"{self._saved} is kept. Resume with a lower --lr or look at the text near there"
+                f"{self._saved} is kept. Look at the text near there, or start anew with a lower --lr"
             )
         self.progress.loss = loss
         record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm}

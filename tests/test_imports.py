@@ -30,6 +30,7 @@ ORDER = [
     "pull",
     "store",
     "console",
+    "shell",
     "plots",
     "arrays",
     "device",

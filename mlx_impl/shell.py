@@ -1,0 +1,152 @@
+"""What all commands share: options made from configurations, output, and errors told to a person.
+
+Results go to stdout, everything else to stderr. Whatever fails becomes one line and an exit code: 0 done, 1 failed,
+2 wrong usage or input, 3 a damaged file, 4 locked by another process, 130 interrupted. --debug puts the traceback
+before it.
+"""
+
+import errno
+import io
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from mlx_impl.config import default_of, help_of
+from mlx_impl.console import silence
+from mlx_impl.errors import MiniMacError
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def setting(cls: type, name: str, flag: str | None = None, kind: Any = None) -> Callable:
+    """A click option made from a configuration's field: its default and its help stand there."""
+    default = default_of(cls, name)
+    return click.option(
+        flag or f"--{name.replace('_', '-')}",
+        name,
+        type=kind or type(default),
+        default=None,
+        help=help_of(cls, name) + (f"  [default: {default}]" if default is not None else ""),
+    )
+
+
+def common(model: bool = True, store: bool = True) -> Callable:
+    """The options that every command has: --json, --quiet, --debug, and --model and --store where it uses one."""
+
+    def decorate(function: Callable) -> Callable:
+        options = [
+            click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
+            click.option("--quiet", is_flag=True, help="no progress"),
+            click.option("--debug", is_flag=True, expose_value=False, help="a traceback when something fails"),
+        ]
+        if model:
+            existing = click.Path(exists=True, file_okay=False, path_type=Path)
+            shown = "model directory  [default: MINIMAC_MODEL, else the last one pulled]"
+            options.append(click.option("-m", "--model", type=existing, help=shown))
+        if model and store:
+            shown = "where lessons are kept  [default: MODEL/learner]"
+            options.append(click.option("--store", type=FOLDER, help=shown))
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were set."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
+    """Print a result: as JSON, or as text for a person."""
+    write((json.dumps(record, allow_nan=False) if as_json else text) + "\n")
+
+
+def write(text: str) -> None:
+    """Put text on stdout at once. Where its reader has left, the command ends there, as done."""
+    if sys.stdout is None:  # closed by whoever started us
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        silence(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise click.exceptions.Exit(0) from None
+        raise MiniMacError(f"the result could not be written to stdout: {error.strerror}") from None
+
+
+def show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    """What --version prints; a checkout that is not installed has no version of its own."""
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            write(f"minimac-mlx {version('minimac-mlx')}\n")
+        except PackageNotFoundError:
+            write("minimac-mlx, a checkout that is not installed\n")
+        context.exit()
+
+
+def printable(text: str) -> str:
+    """The text on one line, without what a terminal would obey or an encoding refuse: a file name can hold both."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code it ends with."""
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else "minimac-mlx"
+        return f"{error.format_message().rstrip('.')}; see `{where} --help`", error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, MiniMacError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return _explain_system(error)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, MemoryError) or "allocate" in reason:  # MLX says so in a RuntimeError
+        return f"out of memory; take a smaller --batch-size, context or model ({reason})", 1
+    return f"internal error: {reason}; run it again with --debug and report what that prints", 1
+
+
+def _explain_system(error: OSError) -> tuple[str, int]:
+    """What is said where the operating system refused."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{where}{error.strerror}; nothing was half-written, make room and try again", 1
+    if isinstance(error, PermissionError):
+        return f"{where}permission denied", 1
+    if isinstance(error, FileNotFoundError):
+        return f"{where}no such file or folder", 2
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{where}a folder is needed here and a file is in its place", 2
+    return f"{where}{error.strerror or error}", 1
+
+
+def run(group: click.Group, name: str, arguments: list[str] | None) -> NoReturn:
+    """Run a program's commands as called `name`; turns their errors into one line and ends with the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an encoding without the character is no reason to stop
+    try:
+        code = group.main(arguments, prog_name=name, standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        text, code = _explain(error)
+        click.echo(f"{'' if code == 130 else 'error: '}{printable(text)}", err=True)
+    sys.exit(code)
