@@ -268,7 +268,9 @@ class ReplayBuffer:
         windows = [window for window in pack(tokens, mask) if len(window)]
         longest = max((len(window) - 1 for window in windows), default=0)
         if longest > self.length:
-            raise InputError(f"a window has {longest} targets, the buffer {self.length}; restore it with length={longest}")
+            raise InputError(
+                f"a window has {longest} targets, the buffer {self.length}; restore it with length={longest}"
+            )
         group = self._lesson(source, lesson, importance)
         written: dict[int, Window] = {}  # by slot: what is admitted here may make room for a later one
         admitted = 0
@@ -480,9 +482,7 @@ class ReplayBuffer:
         raise NotImplementedError
 
 
-def mix(
-    tokens: ArrayLike, mask: ArrayLike, buffer: ReplayBuffer, count: int, excluding: int | None = None
-) -> Sample:
+def mix(tokens: ArrayLike, mask: ArrayLike, buffer: ReplayBuffer, count: int, excluding: int | None = None) -> Sample:
     """A batch of new windows, tokens (B, T + 1) and mask (B, T), with `count` replayed ones behind them.
 
     `count` comes from `split_rows`; with nothing to draw the batch stays all new. Rows are padded to the longest, with

@@ -385,12 +385,10 @@ def test_training_configurations(content: str | bytes, words: str) -> None:
 # -- disks -------------------------------------------------------------------------------------------------------
 
 # What is written, and by which command.
-TRAINING = ("t.txt", "--config", "tiny", "--vocab-size", "700", "--steps", "1", "--quiet")
 WRITERS = {
     "m/learner/": ("learn", "-m", "m", *LESSON, "--steps", "1", "--quiet"),
     "tok": ("tokenizer", "t.txt", "--out", "tok", "--vocab-size", "700"),
     "home/models/m": ("pull", "m"),
-    "home/cache/tokens": ("train", *TRAINING, "--out", "run"),
 }
 
 
@@ -421,18 +419,30 @@ def test_a_file_that_may_not_grow(where: str) -> None:
     assert run(*WRITERS[where]).code == 0
 
 
-def test_a_full_disk_at_the_first_saved_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX's writer does not say why it failed. What could not begin leaves no directory that is in the way later."""
+def full_when_saving(path: str, arrays: object) -> None:
+    """MLX's writer does not say why it failed."""
+    raise RuntimeError(f"[write] Unable to write 8192 bytes to {path}.")
 
-    def full(*arguments: object) -> None:
-        raise RuntimeError("[write] Unable to write 8192 bytes to file.")
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_cannot_begin_leaves_nothing_in_the_way(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk at the tokenizer, and at the first saved state. The cache of tokens is whole and may stay."""
+    training = ("train", "t.txt", "--config", "tiny", "--vocab-size", "700", "--steps", "1", "--quiet", "--out", "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
-        patch.setattr(mx, "save_safetensors", full)
-        done = refused(("train", *TRAINING, "--out", "run"), 1, "No space left on device; nothing was half-written")
-    assert "run/trainer" in done.err
+        if late:
+            patch.setattr(mx, "save_safetensors", full_when_saving)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        try:
+            done = run(*training)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.code == 1
+    assert done.err.startswith("error: run/")
+    assert done.err.endswith("nothing was half-written, make room and try again\n")
     assert not Path("run").exists()
-    assert run("train", *TRAINING, "--out", "run").code == 0
+    assert run(*training).code == 0
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------
