@@ -231,7 +231,7 @@ def evaluate(
     longest = learner.model.config.max_seq_len
     if context is not None and context > longest:
         raise InputError(f"--context {context} is longer than the model's context of {longest} tokens")
-    record = {**learner.evaluate(documents, context or min(512, longest)).as_json(), "domain": used}
+    record = {**learner.evaluate(documents, context).as_json(), "domain": used}
     emit(as_json, record, evaluation_text(record))
 
 

@@ -180,25 +180,30 @@ def lesson_text(lesson: Event) -> str:
     """What a lesson did."""
     held = lesson.get("heldout")
     figures = held or lesson["fit"]
-    where = (
-        f"held-out text ({figures['tokens']:,} tokens)" if held else "the text itself (too short to hold a part out)"
-    )
+    where = f"{'held-out text' if held else 'the text itself, no part held out'} ({figures['tokens']:,} tokens)"
     share = "" if lesson["complete"] else "; the time was up before the end of the text, --seconds gives it more"
-    return (
+    lines = [
         f"{lesson['domain']} {lesson['version']}: learned {lesson['source']} in {duration(lesson['seconds'])}, "
-        f"{lesson['steps']} steps of {lesson['batch_size']} windows{share}\n"
-        f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token"
-    )
+        f"{lesson['steps']} steps of {lesson['batch_size']} windows{share}",
+        f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token",
+    ]
+    lines += [
+        f"{earlier['version']} ({earlier['source']}): {earlier['before']:.3f} -> {earlier['after']:.3f}, "
+        f"perplexity {earlier['ppl_forget_percent']:+.1f} %"
+        for earlier in lesson["kept"]
+    ]
+    return "\n".join(lines)
 
 
 def evaluation_text(record: Event) -> str:
     """What a model makes of a text."""
     perplexity = f"{record['perplexity']:,.2f}" if record["perplexity"] is not None else "beyond all numbers"
+    bits = f"{record['bits_per_byte']:.4f}" if record["bits_per_byte"] is not None else "no bytes to count"
     return (
         f"domain {record['domain'] or 'none'}, {record['tokens']:,} tokens\n"
         f"loss           {record['loss']:.4f} nats per token\n"
         f"perplexity     {perplexity}\n"
-        f"bits per byte  {record['bits_per_byte']:.4f}\n"
+        f"bits per byte  {bits}\n"
         f"accuracy       {record['accuracy']:.1%} of next tokens"
     )
 

@@ -106,7 +106,8 @@ class ContinualLearner:
             raise InputError("ContinualLearner needs the model's tokenizer")
         tokenizer.check_fits(base_model.vocab_size)
         self.model = base_model
-        self.config = config or ContinualLearningConfig()
+        config = config or ContinualLearningConfig()
+        self.config = replace(config, seq_len=min(config.seq_len, base_model.config.max_seq_len))
         self.tokenizer = tokenizer
         if store is None:
             folder = tempfile.mkdtemp(prefix="minimac-lessons-")
@@ -227,6 +228,8 @@ class ContinualLearner:
         parent = history[-1] if history else None
         seed = _seed(self.config.seed, domain, len(history))
         shape = self._attach(parent, mx.random.key(seed))
+        if shape.rank != self.config.lora_r:
+            report({"event": "note", "text": f"{domain} keeps its rank of {shape.rank}"})
         report({"event": "begin", "tokens": len(train), "heldout": len(heldout) if heldout is not None else 0})
 
         measuring = Measuring(self.model, self.config.seq_len)
@@ -363,8 +366,12 @@ class ContinualLearner:
 
     # -- using ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, documents: Sequence[Document], context: int = 512) -> Evaluation:
-        """Measure documents under the attached domain, each token with at least half of `context` before it."""
+    def evaluate(self, documents: Sequence[Document], context: int | None = None) -> Evaluation:
+        """Measure documents under the attached domain, each token with at least half of `context` before it.
+
+        The default context is that of the model, at most 512 tokens.
+        """
+        context = context or min(512, self.model.config.max_seq_len)
         tokens = data.tokens_of(documents, self.tokenizer)
         windows = evaluation_windows(tokens, context, max(1, context // 2))
         unseen = len(self.tokenizer.token_bytes(int(tokens.ids[0]))) if len(tokens) else 0  # is never a target

@@ -429,8 +429,8 @@ def toy_loss(parameters: dict[str, mx.array], tokens: mx.array, mask: mx.array) 
 
 def uneven(number: int) -> Batches:
     """Microbatches with very different numbers of tokens."""
-    tokens, mask = mx.array((TOKENS + number) % 24), mx.array(MASK)
-    return [(tokens, mask), (tokens[::-1], mask * (mx.arange(6) < 1)), (tokens + 1, mx.ones(MASK.shape))]
+    tokens, later = (mx.array((TOKENS + number + shift) % 24) for shift in (0, 7))
+    return [(tokens, mx.array(MASK)), (tokens[::-1], mx.array(MASK) * (mx.arange(6) < 1)), (later, mx.ones(MASK.shape))]
 
 
 def toy_steps(penalty: Callable | None, compiled: bool, microbatches: int) -> tuple[np.ndarray, list[StepResult]]:
