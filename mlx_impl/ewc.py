@@ -4,11 +4,6 @@ Targets are sampled from the model, never taken from the text: only then do the 
 and one backward pass squared is an unbiased estimate for all of its positions. Nothing here knows LoRA; what needs
 a model takes `logits_of`, a function of the parameters. A Fisher is a flat mapping of float32 arrays under the
 parameters' names, so it is saved as it is.
-
-An adapter's (A, B) and (cA, B/c) are one function. The penalty agrees where anchor, parameters and Fisher are all
-taken to the new scale. But it charges for a move from the anchor to (cA, B/c), which changes nothing, it is not
-invariant to a mixing (AM, M^-1 B) of the rank even then, and a Fisher accumulated before such a move keeps the old
-scale. A penalty on the product A @ B would be free of this, and need a Fisher entry for every weight of the base.
 """
 
 from collections.abc import Callable, Iterable
@@ -116,6 +111,10 @@ def ewc_penalty(params: Params, anchor: Params, fisher: Params, strength: float)
     token. Zero at the anchor. Kirkpatrick et al. 2017, eq. 3; the factor 1/2 is theirs and not everyone's. With a
     Fisher per token, strength 1 makes it the second-order KL divergence per token from the anchor, as far as the
     Fisher is diagonal: the old text then weighs as much as the new.
+
+    An adapter's (A, B) and (cA, B/c) are one function. Rescaling all three trees together changes nothing here, but
+    moving from the one to the other costs, and a mixing (A M, M^-1 B) of the rank is seen either way. Only a
+    Fisher on the product A @ B would be blind to that, at the price of an entry for every weight of the base.
 
     Raises KeyError naming the first parameter that has no Fisher entry.
     """

@@ -31,8 +31,10 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _smoothed(points: list[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
-    """Exponential moving average, corrected for its start."""
+def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential moving average over about a twentieth of the curve, corrected for its start."""
+    span = max(3, len(points) // 20)
+    weight = 1 - 2 / (span + 1)
     average, smooth = 0.0, []
     for count, (step, value) in enumerate(points, 1):
         average = weight * average + (1 - weight) * value

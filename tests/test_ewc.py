@@ -174,7 +174,7 @@ def test_the_estimate_of_an_adapters_fisher_is_right_on_average() -> None:
     assert sorted(exact) == sorted(lora.adapter_arrays(model)), "the names are those of the saved adapter"
 
 
-@pytest.mark.parametrize(("library", "draws"), [("mlx", 1000), ("torch", 300)])
+@pytest.mark.parametrize(("library", "draws"), [("mlx", 1000), ("torch", 200)])
 def test_the_estimate_of_a_softmax_regression_is_its_closed_form(library: str, draws: int) -> None:
     assert_mean_is(np.stack([toy_estimate(library, seed) for seed in range(draws)]), toy_fisher())
 
@@ -348,9 +348,9 @@ STRENGTH = 300.0
 
 
 def given_batches(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, targets that no library had to draw, and mask, each (B, T)."""
+    """Inputs, targets that no library had to draw, and mask, each (B, T); a row of the mask weighs less than one."""
     tokens, mask = windows(BIG, 2, 11, phase=number)
-    return tokens[:, :-1], (tokens[:, 1:] * 3 + 1) % BIG.vocab_size, mask
+    return tokens[:, :-1], (tokens[:, 1:] * 3 + 1) % BIG.vocab_size, mask * np.float32([[1.0], [0.3]])
 
 
 def both_fishers() -> tuple[ContinualLLM, torch.nn.Module, Arrays, Arrays]:
@@ -549,7 +549,7 @@ def forgetting(seed: int) -> dict[str, float]:
 def test_it_is_the_fisher_that_keeps_the_first_task() -> None:
     """At the same loss on the second task; a shuffled Fisher has the same entries in the wrong places.
 
-    Seen over these seeds: the first task loses 1.02 nats without EWC, 0.84 with a shuffled Fisher, 0.10 with its own.
+    Seen over these seeds: the first task loses 0.96 nats without EWC, 0.77 with a shuffled Fisher, 0.11 with its own.
     """
     rises = [forgetting(seed) for seed in range(4)]
     mean = {way: float(np.mean([rise[way] for rise in rises])) for way in rises[0]}

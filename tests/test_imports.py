@@ -41,6 +41,8 @@ ORDER = [
     "adapters",
     "loss",
     "ewc",
+    "reservoirs",
+    "replay",
     "optim",
     "checkpoint",
     "evaluate",

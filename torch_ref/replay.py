@@ -77,8 +77,7 @@ def split_rows(batch_size: int, ratio: float, step: int) -> tuple[int, int]:
     if not ratio:
         return batch_size, 0
     rows = max(2, batch_size)
-    share = min(ratio, (rows - 1) / rows)
-    before, after = (math.floor(n * rows * share + 0.5) for n in (step, step + 1))
+    before, after = (math.floor(n * min(rows * ratio, rows - 1) + 0.5) for n in (step, step + 1))
     return rows - (after - before), after - before
 
 
