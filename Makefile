@@ -32,6 +32,7 @@ format: $(VENV)/lint
 	$(BIN)/ruff format .
 
 parity: $(VENV)/test
+	$(BIN)/minimac-mlx pull
 	$(BIN)/python -m benchmarks.parity
 
 clean:
@@ -39,6 +40,7 @@ clean:
 
 # A stamp for each set of packages; they are installed again when pyproject.toml changes.
 $(VENV)/base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_impl.config import LOSS_ON, PRESETS, ContinualLearningConfig, TrainConfig, help_of
-from mlx_impl.errors import InputError
+from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
 from mlx_impl.shell import FOLDER, common, emit, given, printable, run, setting, show_version, write
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
     from mlx_impl.pull import pull as fetch
 
     with Reporter(quiet) as reporter:
-        directory = fetch(source, progress=reporter.say, force=force)
+        directory = fetch(source, progress=None if quiet else reporter.say, force=force)
     emit(as_json, {"model": str(directory)}, f"{directory} is now the default model")
 
 
@@ -73,6 +73,11 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
 @setting(ContinualLearningConfig, "learning_rate", "--lr")
 @setting(ContinualLearningConfig, "lora_r", "--rank", click.IntRange(1))
 @setting(ContinualLearningConfig, "batch_size")
+@setting(ContinualLearningConfig, "replay_ratio")
+@click.option("--no-replay", is_flag=True, help="the same as --replay-ratio 0")
+@setting(ContinualLearningConfig, "ewc_lambda")
+@click.option("--no-ewc", is_flag=True, help="the same as --ewc-lambda 0")
+@click.option("--importance", type=float, default=1.0, show_default=True, help="odds of later replay")
 @setting(ContinualLearningConfig, "holdout")
 @setting(ContinualLearningConfig, "loss_on", kind=click.Choice(LOSS_ON))
 @setting(ContinualLearningConfig, "seed")
@@ -85,6 +90,9 @@ def learn(
     seconds: float,
     steps: int | None,
     epochs: float,
+    no_replay: bool,
+    no_ewc: bool,
+    importance: float,
     model: Path | None,
     store: Path | None,
     as_json: bool,
@@ -106,6 +114,9 @@ def learn(
     from mlx_impl.learner import ContinualLearner
     from mlx_impl.session import Budget
 
+    for off, name in ((no_replay, "replay_ratio"), (no_ewc, "ewc_lambda")):
+        if off:
+            options[name] = 0.0
     if options["lora_r"] is not None:
         options["lora_alpha"] = 2.0 * options["lora_r"]  # the scale stays what the learning rate was chosen for
     config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
@@ -113,7 +124,7 @@ def learn(
     with Reporter(quiet) as reporter:
         documents, label = _documents(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(_model(model), config, store)
-        lesson = learner.learn(documents, domain, printable(source or label), budget, reporter)
+        lesson = learner.learn(documents, domain, printable(source or label), budget, reporter, importance)
     record = lesson.as_json()
     emit(as_json, record, lesson_text(record))
 
@@ -278,6 +289,110 @@ def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as
     )
 
 
+@cli.command(short_help="Show the lessons of a domain.")
+@click.argument("domain", default="main")
+@common()
+def log(domain: str, model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show the lessons that a domain stands on, newest first: what they taught, and what they did to earlier ones.
+
+    \b
+    Examples:
+      minimac-mlx log
+      minimac-mlx log medical
+    """
+    from mlx_impl.console import log_text
+    from mlx_impl.store import open_store
+
+    lessons = open_store(_model(model), store)
+    lessons.require(domain)
+    history = lessons.history(domain)
+    records = [version.as_json() for version in reversed(history)]
+    pruned = history[0].depth - 1
+    emit(as_json, {"domain": domain, "lessons": records, "pruned": pruned}, log_text(domain, records, pruned))
+
+
+@cli.command(short_help="Erase a domain for good.")
+@click.argument("domain")
+@click.option("--yes", is_flag=True, help="do not ask")
+@common()
+def forget(domain: str, yes: bool, model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Erase a domain for good: its adapters, the text held out of its lessons, the names of its files.
+
+    Other domains stay as they are, to the bit. A single lesson cannot be erased from the middle of a domain, because
+    later ones were built on it: go back before it with undo, or forget the domain and teach the rest again.
+
+    \b
+    Examples:
+      minimac-mlx forget medical
+      minimac-mlx forget medical --yes
+    """
+    from mlx_impl.console import count, forgetting_text, size
+    from mlx_impl.store import open_store
+
+    lessons = open_store(_model(model), store)
+    lessons.require(domain)
+    if not yes:
+        _confirm(f"{forgetting_text(domain, [v.source for v in lessons.versions(domain)])}. Erase it for good?")
+    with lessons.writing():
+        before = lessons.size()
+        gone = lessons.forget(domain)
+        freed = before - lessons.size()
+    record = {"domain": domain, "forgotten": [version.name for version in gone], "bytes": freed}
+    emit(as_json, record, f"{domain} is forgotten: {count(len(gone), 'version')}, {size(freed)}")
+
+
+@cli.command(short_help="Delete old versions, to save room.")
+@click.option("--keep", type=click.IntRange(1), default=5, show_default=True, help="versions of each domain to keep")
+@common()
+def prune(keep: int, model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Delete old versions: of each domain the current one and those it stands on, --keep in all, stay.
+
+    What domains know stays as it is. Versions that were undone go too, undo reaches back no further than what was
+    kept, and the text held out of the deleted lessons is no longer measured.
+
+    \b
+    Examples:
+      minimac-mlx prune
+      minimac-mlx prune --keep 1
+    """
+    from mlx_impl.console import count, size
+    from mlx_impl.store import open_store
+
+    lessons = open_store(_model(model), store)
+    with lessons.writing():
+        before = lessons.size()
+        gone = lessons.prune(keep)
+        freed = before - lessons.size()
+    pruned = [{"domain": version.domain, "version": version.name} for version in gone]
+    emit(
+        as_json,
+        {"keep": keep, "pruned": pruned, "bytes": freed},
+        f"pruned {count(len(gone), 'version')}, {size(freed)} freed" if gone else "nothing to prune",
+    )
+
+
+@cli.command(short_help="Check every file of a model and its lessons.")
+@common()
+def verify(model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Check the base's files, the database, every version's files, and that nothing else lies among them.
+
+    Prints a line for each problem and ends with code 3 if there is one. Changes nothing.
+
+    \b
+    Example:
+      minimac-mlx verify
+    """
+    from mlx_impl.console import verification_text
+    from mlx_impl.verify import verify as look
+
+    found = look(_model(model), store)
+    record = dataclasses.asdict(found)
+    record["problems"] = [printable(line) for line in found.problems]
+    emit(as_json, record, verification_text(record))
+    if found.problems:
+        raise click.exceptions.Exit(DamagedFileError.exit_code)
+
+
 @cli.command(short_help="Train a tokenizer.")
 @PATHS
 @click.option(
@@ -391,21 +506,18 @@ def train(
     from mlx_impl.console import Reporter, training_text
 
     with Reporter(quiet) as reporter:
-        try:
-            progress = recipe.run(
-                paths=paths,
-                out=out,
-                config=config,
-                init=init,
-                tokenizer=tokenizer,
-                vocab_size=vocab_size,
-                eval_data=eval_data,
-                resuming=resume,
-                options=given(**options),
-                report=reporter,
-            )
-        finally:
-            recipe.draw(out)
+        progress = recipe.run(
+            paths=paths,
+            out=out,
+            config=config,
+            init=init,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            eval_data=eval_data,
+            resuming=resume,
+            options=given(**options),
+            report=reporter,
+        )
     record = {"model": str(out), **dataclasses.asdict(progress)}
     emit(as_json, record, training_text(record))
 
@@ -464,6 +576,14 @@ def _default_model() -> str | None:
         return str(default_model())
     except InputError:
         return None
+
+
+def _confirm(question: str) -> None:
+    """Ask on the terminal; MiniMacError for no, InputError where there is nobody to ask."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise InputError("this cannot be taken back, and there is no terminal to ask on; say --yes if it is meant")
+    if not click.confirm(printable(question), err=True):
+        raise MiniMacError("nothing was erased")
 
 
 def _documents(paths: Sequence[Path], reporter: "Reporter", text: str | None = None) -> tuple[list["Document"], str]:

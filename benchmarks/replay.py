@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.common import record
+from mlx_impl.config import REPLAY_STRATEGIES
 from mlx_impl.replay import ReplayBuffer
-from mlx_impl.reservoirs import STRATEGIES
 
 SIZES = (10**3, 10**4, 10**5, 10**6)
 SOURCES = 10
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="targets a window  [default: 64]")
     parser.add_argument("--rows", type=int, default=4, help="windows a call  [default: 4]")
     arguments = parser.parse_args()
-    figures = {strategy: measure(strategy, arguments.length, arguments.rows) for strategy in STRATEGIES}
+    figures = {strategy: measure(strategy, arguments.length, arguments.rows) for strategy in REPLAY_STRATEGIES}
     scale = {
         "length": arguments.length,
         "windows_a_call": arguments.rows,

@@ -13,6 +13,8 @@ from mlx_impl.base import BaseModel
 from mlx_impl.errors import DamagedFileError
 from mlx_impl.files import read_json
 
+STATE = "state.safetensors"
+
 
 def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, model: BaseModel) -> None:
     """An mlx-lm adapter: `adapters.safetensors` (float32) and `adapter_config.json`; `shape` is that of `arrays`.
@@ -30,6 +32,22 @@ def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, mod
         "lora_parameters": {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": keys},
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_fisher(folder: Path, fisher: lora.Arrays) -> None:
+    """`state.safetensors` beside an adapter: the accumulated Fisher under the adapter's names, nats^2 per token."""
+    shapes = {name: array.shape for name, array in fisher.items()}
+    modeldir.write_safetensors(folder / STATE, shapes, ((name, np.array(array)) for name, array in fisher.items()))
+
+
+def read_fisher(folder: Path, adapter: lora.Arrays) -> lora.Arrays | None:
+    """The Fisher that lies beside an adapter, None if there is none; DamagedFileError if it is another adapter's."""
+    if not (folder / STATE).is_file():
+        return None
+    modeldir.validate_safetensors(folder / STATE, {name: tuple(array.shape) for name, array in adapter.items()})
+    arrays = load(folder / STATE)
+    mx.eval(arrays)
+    return arrays
 
 
 def read_adapter(folder: Path) -> tuple[lora.Arrays, float]:

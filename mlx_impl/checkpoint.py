@@ -26,8 +26,11 @@ from mlx_impl.tokenizer import Tokenizer
 STATE_VERSION = 1
 
 
-def begin(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Create a model directory that has all but weights: configuration and tokenizer."""
+def begin(directory: Path, config: ModelConfig, tokenizer: Tokenizer, init: Path | None = None) -> None:
+    """Create a model directory that has all but weights: configuration and tokenizer.
+
+    Of the model `init` that training goes on from, how it generates is kept: its ends of text may stand only there.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     files.write_json(directory / modeldir.CONFIG, config.to_hf())
@@ -36,6 +39,8 @@ def begin(directory: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
         "eos_token_id": config.eos_token_id,
         "do_sample": False,
     }
+    if init is not None and (init / "generation_config.json").is_file():
+        generation = files.read_json(init / "generation_config.json")
     files.write_json(directory / "generation_config.json", generation)
 
 

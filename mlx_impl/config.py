@@ -20,6 +20,8 @@ LOSS_ON = ("all", "completion", "assistant")
 MAX_LAYERS = 1024
 """More than any Llama has; bounds what a hostile configuration makes us build."""
 
+REPLAY_STRATEGIES = ("uniform", "importance", "reservoir")
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -361,6 +363,13 @@ class ContinualLearningConfig:
     batch_size: int = option(4, "windows a step, at most; fewer where the time is short")
     seq_len: int = option(256, "tokens a window")
     gradient_accumulation_steps: int = option(1, "microbatches a step")
+    replay_buffer_size: int = option(10_000, "windows of earlier lessons that a domain keeps, at most")
+    replay_ratio: float = option(0.5, "share of each batch that is drawn from the domain's earlier lessons; 0 is off")
+    replay_strategy: str = option("uniform", "how they are drawn: uniform, importance or reservoir")
+    use_ewc: bool = option(True, "whether a later lesson is held near what the earlier ones made of the adapter")
+    ewc_lambda: float = option(1.0, "how strongly; 1 weighs it like as many tokens of the earlier lessons")
+    ewc_gamma: float = option(0.95, "what is left of the Fisher of the lessons before, at each lesson")
+    ewc_fisher_samples: int = option(8, "windows of the last lesson that its Fisher is estimated from, at most")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm")
     weight_decay: float = option(0.0, "decoupled weight decay")
     loss_on: str = option(
@@ -374,15 +383,26 @@ class ContinualLearningConfig:
     def __post_init__(self) -> None:
         """Refuse values that no lesson can have; all offenders in one message (InputError)."""
         wrong = []
-        for name in ("lora_r", "batch_size", "seq_len", "gradient_accumulation_steps"):
+        counts = ("lora_r", "batch_size", "seq_len", "gradient_accumulation_steps", "replay_buffer_size")
+        for name in (*counts, "ewc_fisher_samples"):
             if not _is_count(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a whole number of at least 1")
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             if not _is_positive(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
-        for name, end in (("lora_dropout", 1), ("holdout", 1), ("warmup", 1.0001), ("weight_decay", 1.0001)):
-            if not 0 <= getattr(self, name) < end:
+        for name in ("lora_dropout", "holdout", "replay_ratio"):
+            if not 0 <= getattr(self, name) < 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be at least 0 and below 1")
+        for name in ("warmup", "weight_decay", "ewc_gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
+        if not 0 <= self.ewc_lambda < math.inf:
+            wrong.append(f"ewc_lambda = {self.ewc_lambda!r} must be 0 or a positive number")
+        if self.replay_strategy not in REPLAY_STRATEGIES:
+            wrong.append(f"replay_strategy = {self.replay_strategy!r} must be one of {', '.join(REPLAY_STRATEGIES)}")
+        targets = self.lora_target_modules
+        if isinstance(targets, str) or not targets or not set(targets) <= set(LORA_TARGETS):
+            wrong.append(f"lora_target_modules = {targets!r} must be some of {', '.join(LORA_TARGETS)}")
         if self.loss_on not in LOSS_ON:
             wrong.append(f"loss_on = {self.loss_on!r} must be one of {', '.join(LOSS_ON)}")
         if self.device not in ("default", "mps", "cpu", "gpu"):

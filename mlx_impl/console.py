@@ -92,9 +92,11 @@ class _Live:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[figures]}"),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+        # What goes to stdout meanwhile is printed above the moving line, unless it goes somewhere else anyway.
+        to_terminal = sys.stdout is not None and sys.stdout.isatty()
+        console = Console(stderr=True, highlight=False)
+        self._progress = Progress(*columns, console=console, transient=True, redirect_stdout=to_terminal)
         self._task: Any = None
-        self._progress.start()
 
     def stop(self) -> None:
         self._progress.stop()
@@ -106,6 +108,7 @@ class _Live:
 
     def _move(self, what: str, done: float, total: float | None, figures: str) -> None:
         if self._task is None:
+            self._progress.start()  # not before there is something that moves: others draw on this terminal too
             self._task = self._progress.add_task(what, figures=figures)
         self._progress.update(self._task, description=what, completed=done, total=total, figures=figures)
 
@@ -181,10 +184,13 @@ def lesson_text(lesson: Event) -> str:
     held = lesson.get("heldout")
     figures = held or lesson["fit"]
     where = f"{'held-out text' if held else 'the text itself, no part held out'} ({figures['tokens']:,} tokens)"
+    replayed = (
+        f", {lesson['replayed_tokens']:,} tokens of earlier lessons replayed" if lesson["replayed_tokens"] else ""
+    )
     share = "" if lesson["complete"] else "; the time was up before the end of the text, --seconds gives it more"
     lines = [
         f"{lesson['domain']} {lesson['version']}: learned {lesson['source']} in {duration(lesson['seconds'])}, "
-        f"{lesson['steps']} steps of {lesson['batch_size']} windows{share}",
+        f"{lesson['steps']} steps of {lesson['batch_size']} windows{replayed}{share}",
         f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token",
     ]
     lines += [
@@ -216,9 +222,56 @@ def domains_text(records: list[Event]) -> str:
     for r in records:
         figures = r.get("heldout") or r["fit"]
         change = f"{'held-out' if 'heldout' in r else 'fit'} {figures['before']:.3f} -> {figures['after']:.3f}"
-        lessons = f"{r['lessons']} lesson{'s' if r['lessons'] > 1 else ''}"
+        lessons = count(r["lessons"], "lesson")
         lines.append(f"{r['domain']:<16} {r['version']}  {lessons:<11} {r['created'][:10]}  {change}  {r['source']}")
     return "\n".join(lines)
+
+
+def log_text(domain: str, lessons: list[Event], pruned: int) -> str:
+    """The lessons of a domain, newest first; `pruned` counts the older ones that are gone."""
+    lines = []
+    for r in lessons:
+        figures = r.get("heldout") or r["fit"]
+        measured = f"{'held-out' if 'heldout' in r else 'fit'} {figures['before']:.3f} -> {figures['after']:.3f}"
+        lines.append(
+            f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {r['tokens']:,} tokens, {r['steps']:,} steps, "
+            f"{duration(r['seconds'])}  {measured}  {r['source']}"
+        )
+        kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %" for k in r["kept"]]
+        if kept:
+            lines.append(f"       perplexity of earlier lessons: {', '.join(kept)}")
+    if pruned:
+        lines.append(f"{count(pruned, 'older lesson')} of {domain} pruned")
+    return "\n".join(lines)
+
+
+def forgetting_text(domain: str, sources: list[str]) -> str:
+    """What `forget` is about to do; `sources` are the labels of all versions, oldest first."""
+    labels = list(dict.fromkeys(sources))
+    named = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+    return f"{domain}: {count(len(sources), 'version')}, learned from {named}"
+
+
+def verification_text(record: Event) -> str:
+    """One line a problem, or that there is none."""
+    if record["problems"]:
+        return "\n".join(record["problems"])
+    counts = ", ".join(count(record[f"{what}s"], what) for what in ("domain", "version", "file"))
+    base = f"{count(record['base_files'], 'file')} of the base" if record["base_files"] else "a base without hashes"
+    writer = f"; process {record['writer']} is writing, so leftovers were not looked for" if record["writer"] else ""
+    return f"all is well: {counts}, {base}{writer}"
+
+
+def count(number: int, what: str) -> str:
+    """1 lesson, 2 lessons."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def size(bytes: int) -> str:
+    """340 bytes, 12.3 kB, 4.5 MB."""
+    if bytes < 1000:
+        return count(bytes, "byte")
+    return f"{bytes / 1e3:,.1f} kB" if bytes < 1e6 else f"{bytes / 1e6:,.1f} MB"
 
 
 def training_text(record: Event) -> str:

@@ -1,4 +1,4 @@
-"""Documents -> one stream of tokens, each document closed by EOS.
+"""Documents -> one stream of tokens, each document closed by EOS and, where the tokenizer adds it, begun by BOS.
 
 Which tokens count in the loss travels as a mask beside them. A stream lies in memory (`Tokens`) or in a
 memory-mapped folder (`TokenFile`) that may be larger than memory and is made once for the same inputs.
@@ -42,6 +42,14 @@ class TextTokenizer(Protocol):
     """What is asked of a tokenizer here; `mlx_impl.tokenizer.Tokenizer` is one."""
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether `bos_id` goes before a plain text."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, if there is one."""
+
+    @property
     def eos_id(self) -> int | None:
         """The id that ends a document, if there is one."""
 
@@ -67,9 +75,14 @@ class TextTokenizer(Protocol):
 # Documents -> tokens
 
 
-def encode_document(document: Document, tokenizer: TextTokenizer, loss_on: str = "all") -> tuple[Ids, Flags | None]:
+def encode_document(
+    document: Document, tokenizer: TextTokenizer, loss_on: str = "all", begins: bool = True
+) -> tuple[Ids, Flags | None]:
     """Ids (N,) of a document with its closing EOS, and which of them are trained on (N,), None for all.
 
+    Where the tokenizer adds BOS, it comes before a text that is not empty, unless a chat template writes what is
+    needed or the document continues the one before (`begins` False). It is not trained on, but for `loss_on` "all":
+    there it counts between documents, as EOS does, and needs no mask.
     Raises InputError for an unknown `loss_on`, for a conversation without a chat template, and for a template
     that does not allow to say which tokens are the assistant's.
     """
@@ -84,6 +97,9 @@ def encode_document(document: Document, tokenizer: TextTokenizer, loss_on: str =
         ids, trained = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     else:
         ids, trained, closed = _encode_chat(document, tokenizer, loss_on)
+    templated = not isinstance(content, str) and tokenizer.has_chat_template
+    if begins and ids and tokenizer.adds_bos and tokenizer.bos_id is not None and not templated:
+        ids, trained = [tokenizer.bos_id, *ids], [False, *trained]
     if document.ends and tokenizer.eos_id is not None and not closed:
         ids.append(tokenizer.eos_id)
         trained.append(isinstance(content, Exchange) or not trained or trained[-1])
@@ -92,6 +108,16 @@ def encode_document(document: Document, tokenizer: TextTokenizer, loss_on: str =
             f"{document.name}: the tokenizer gave the id {max(ids)}, its vocab_size is {tokenizer.vocab_size}"
         )
     return np.array(ids, np.int32), None if loss_on == "all" else np.array(trained, bool)
+
+
+def _encoded(
+    documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: str
+) -> Iterator[tuple[Document, Ids, Flags | None]]:
+    """Each document with what `encode_document` makes of it; the pieces of a long text begin once."""
+    begins = True
+    for document in documents:
+        yield document, *encode_document(document, tokenizer, loss_on, begins)
+        begins = document.ends
 
 
 def _turns(document: Document) -> list[Message]:
@@ -196,8 +222,7 @@ def tokens_of(documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: 
     """The stream of these documents, in memory; errors as for `encode_document`."""
     ids, trained = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
     n_documents = n_bytes = 0
-    for document in documents:
-        more, flags = encode_document(document, tokenizer, loss_on)
+    for document, more, flags in _encoded(documents, tokenizer, loss_on):
         ids.append(more)
         trained.append(np.ones(len(more), bool) if flags is None else flags)
         n_documents += document.ends
@@ -318,7 +343,8 @@ def _digest_of(files: list[InputFile], tokenizer: TextTokenizer, loss_on: str) -
     chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     template = tokenizer.encode_chat(chat, False) if tokenizer.has_chat_template else None
     inputs = [(file.kind, sha256(file.path)) for file in files]
-    made_of = [FORMAT_VERSION, tokenizer.digest, tokenizer.eos_id, template, loss_on, inputs]
+    begin = tokenizer.bos_id if tokenizer.adds_bos else None
+    made_of = [FORMAT_VERSION, tokenizer.digest, begin, tokenizer.eos_id, template, loss_on, inputs]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -351,8 +377,7 @@ def _write_stream(
     n_tokens = n_documents = n_bytes = 0
     rest = np.zeros(0, bool)  # flags that do not fill a byte yet
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as mask:
-        for document in documents:
-            ids, trained = encode_document(document, tokenizer, loss_on)
+        for document, ids, trained in _encoded(documents, tokenizer, loss_on):
             tokens.write(ids.astype(dtype).tobytes())
             if trained is not None:
                 flags = np.concatenate([rest, trained])

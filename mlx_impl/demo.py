@@ -46,7 +46,7 @@ def _train(text: Path, out: Path, seconds: float, report: Reporter, say: Say) ->
     say(f"2. A tiny model from scratch, {seconds:.0f} seconds on Python's language reference")
     config = TrainConfig(minutes=seconds / 60, batch_size=4, grad_accum=1, seq_len=128, lr=3e-3, warmup=0.05)
     config = replace(config, eval_every=100, eval_tokens=4096, save_every=1000)
-    request = recipe.Request((text,), out, config, PRESETS["tiny"], vocab_size=1000)
+    request = recipe.Request((text,), out, config, PRESETS["tiny"], vocab_size=1000, cache=out.parent / "cache")
     progress = recipe.start(request, report)
     model, tokenizer = ContinualLLM.from_checkpoint(out), Tokenizer.load(out)
     untrained = ContinualLLM(model.config)

@@ -36,7 +36,7 @@ def use_device(name: str) -> None:
         mx.set_default_device(mx.Device(mx.DeviceType.cpu))
     elif name == "gpu":
         if not mx.is_available(mx.Device(mx.DeviceType.gpu)):
-            raise InputError("no GPU that MLX can use here; leave --device out")
+            raise InputError('no GPU that MLX can use here; set device="default"')
         mx.set_default_device(mx.Device(mx.DeviceType.gpu))
 
 
@@ -137,7 +137,7 @@ def _version(name: str) -> str | None:
 
 def _sysctl(name: str) -> str | None:
     try:
-        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
+        done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

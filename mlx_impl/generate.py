@@ -65,8 +65,8 @@ def penalized(logits: mx.array, seen: Sequence[int], penalty: float) -> mx.array
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     """Log-probabilities (V,) at the temperature; what top-k, top-p and min-p exclude is -inf.
 
-    Each filter looks at the whole distribution and a token must pass all of them, the order of their application
-    in transformers. The likeliest token always passes. top-p keeps the smallest set of at least that mass
+    Filters follow one another as in transformers: what top-k leaves is renormalised before top-p looks at it, and a
+    token must pass all of them. The likeliest token always passes. top-p keeps the smallest set of at least that mass
     (Holtzman et al. 2020), min-p what has at least that share of the likeliest one's probability.
     """
     logp = logits.astype(mx.float32) / sampling.temperature
@@ -177,6 +177,12 @@ class Completion:
         return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds else 0.0
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a plain text to be continued, after BOS where the tokenizer adds it, as the model's own texts were."""
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return begin + tokenizer.encode(prompt)
+
+
 def complete(
     model: BaseModel,
     tokenizer: Tokenizer,
@@ -189,12 +195,13 @@ def complete(
 ) -> Completion:
     """Continue a prompt (text, or ids such as a chat's) until an end token, a stop string or `max_tokens`.
 
+    A text becomes `prompt_ids`, ids are taken as they are.
     `on_text` receives the text as it becomes certain: whole characters, nothing of a stop string. Raises
     InputError for an empty prompt where the tokenizer has no token to start from, and for a tokenizer that has
     more ids than the model has rows.
     """
     tokenizer.check_fits(model.vocab_size)
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         if start is None:

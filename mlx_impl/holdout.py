@@ -1,13 +1,17 @@
-"""Which part of a text is held out for measuring: whole documents, or blocks of the few there are.
+"""Which part of a text is held out for measuring, whole documents or blocks of the few there are; and which part of
+one that is too long is taken at all.
 
-The choice is a function of the seed and the units' text alone, not of their order, and equal units fall on the same
-side, so that nothing that is measured was trained on.
+What is held out is a function of the seed and the units' text alone, not of their order, and equal units fall on the
+same side, so that nothing that is measured was trained on. Tokens are estimated: no choice here is worth encoding a
+text for.
 """
 
 import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from mlx_impl.errors import InputError
 from mlx_impl.readers import Document
@@ -16,6 +20,32 @@ FEW_DOCUMENTS = 10
 """Below so many documents the held-out part is drawn from their paragraphs."""
 SMALLEST_BLOCK = 50
 """Tokens that a held-out paragraph has at least; shorter ones are joined to their neighbour."""
+SAMPLED_BLOCK = 4096
+"""Characters of the blocks that a sample of a plain text consists of: several windows of training."""
+
+
+def estimated_tokens(text: str) -> int:
+    """About how many tokens a text and its end are: one for four bytes of UTF-8, which suits English."""
+    return len(text.encode()) // 4 + 1
+
+
+def sample_documents(documents: list[Document], max_tokens: int, seed: int) -> list[Document]:
+    """A part of the documents of at most `max_tokens`, estimated, drawn uniformly over all of them, in their order.
+
+    Whole conversations and exchanges, and blocks of plain texts, cut at the end of a line if there is one; a text's
+    blocks stay one document. At least one of these is taken, whatever its size. A function of documents and seed.
+    """
+    whole = _joined(documents)
+    units = [
+        _Unit(index, block, estimated_tokens(block))
+        for index, document in enumerate(whole)
+        for block in (_blocks(document.text) if isinstance(document.content, str) else [document.text])
+    ]
+    key = np.array([seed % 2**64, 0], np.uint64)
+    order = np.random.Philox(key=key).random_raw(len(units)).argsort(kind="stable")
+    sizes = np.cumsum([units[index].tokens for index in order])
+    taken = order[: max(1, int(np.searchsorted(sizes, max_tokens, side="right")))]
+    return _gathered(whole, [units[index] for index in sorted(taken)])
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,20 @@ def _draw(units: list[_Unit], wanted: float, max_tokens: int, seed: int) -> set[
     if not chosen and wanted > 0 and sizes[smallest] <= min(max_tokens, sum(sizes.values()) / 2):
         chosen = [smallest]
     return {unit for text in chosen for unit in alike[text]}
+
+
+def _blocks(text: str) -> list[str]:
+    """A text in blocks of at most `SAMPLED_BLOCK` characters, cut behind a line, else a word, else anywhere."""
+    blocks: list[str] = []
+    start = 0
+    while start < len(text):
+        stop = start + SAMPLED_BLOCK
+        if stop < len(text):
+            marks = [text.rfind(mark, start, stop) for mark in "\n "]
+            stop = next((mark + 1 for mark in marks if mark >= 0), stop)
+        blocks.append(text[start:stop])
+        start = stop
+    return blocks
 
 
 def _gathered(whole: list[Document], units: list[_Unit]) -> list[Document]:

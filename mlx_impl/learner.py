@@ -12,37 +12,46 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_impl import data, generate, lora
-from mlx_impl.adapters import read_adapter, write_adapter
+from mlx_impl.adapters import read_adapter, read_fisher, write_adapter, write_fisher
 from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
 from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring, evaluate
-from mlx_impl.holdout import split_holdout
+from mlx_impl.ewc import consolidate, ewc_penalty, fisher_diagonal, logits_of
+from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
 from mlx_impl.model import ContinualLLM
 from mlx_impl.readers import Document, text_document
-from mlx_impl.session import Budget, Session
-from mlx_impl.store import HeldOut, Store, Version, check_domain, open_store
+from mlx_impl.replay import ReplayBuffer, unpack
+from mlx_impl.reservoirs import check_importance
+from mlx_impl.session import Budget, Past, Session
+from mlx_impl.store import HeldOut, Replay, Store, Version, check_domain, open_store
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import evaluation_windows
 
 HELD_OUT_FROM = 2000
 """Tokens from which a lesson holds a part out; a smaller one is measured on its own text and says so."""
 
+TOKENS_PER_SECOND_AT_MOST = 10_000
+"""Faster than a lesson trains, but for tiny models and large machines; what a budget of time takes of a longer text."""
+
 HELD_OUT_AT_MOST = 4096
-MEASURING_SHARE = 0.1
+MEASURING_SHARE = 0.08
 """Share of the time that measuring may take before the steps, and again after them."""
 
 MEASURED_TOKENS = 0.3
 """Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
+
+FISHER_SHARE = 0.05
+"""Share of the time that estimating the Fisher may take."""
 
 KEPT_TOKENS = 512
 """Tokens of each earlier lesson's held-out part on which the domain's forgetting is measured."""
@@ -56,6 +65,7 @@ Adapter = tuple[lora.Arrays, float]
 class Lesson:
     """What one `learn` did. Losses are in nats per token; `measured` says on which text: heldout, or fit on its own.
 
+    `tokens` are those to train on, of a sample where the text was too long for the time; it is `complete` without one.
     `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them.
     """
 
@@ -67,6 +77,7 @@ class Lesson:
     seconds: float
     training_seconds: float
     trained_tokens: int
+    replayed_tokens: int
     trainable_parameters: int
     measured: str
     measured_tokens: int
@@ -185,9 +196,11 @@ class ContinualLearner:
 
     # -- learning ------------------------------------------------------------------------------------------------
 
-    def learn_from_text(self, text: str, domain: str = "main", budget: Budget | None = None) -> Lesson:
+    def learn_from_text(
+        self, text: str, domain: str = "main", importance: float = 1.0, budget: Budget | None = None
+    ) -> Lesson:
         """Teach a text; see `learn`."""
-        return self.learn([text_document(text, "text")], domain, "text", budget)
+        return self.learn([text_document(text, "text")], domain, "text", budget, importance=importance)
 
     def learn(
         self,
@@ -196,19 +209,25 @@ class ContinualLearner:
         source: str = "text",
         budget: Budget | None = None,
         report: Callable[[Event], None] = lambda event: None,
+        importance: float = 1.0,
     ) -> Lesson:
         """Teach documents to a domain: at least one optimizer step on them, then a new version of it.
+
+        From the second lesson on, `replay_ratio` of each batch comes from the domain's earlier lessons, and elastic
+        weight consolidation holds the adapter near the version before. `importance` is how often this lesson's
+        windows will be replayed, relative to other lessons'.
 
         Raises InputError for a text with nothing to predict, NonFiniteLossError when the loss explodes. Whatever
         is raised, also KeyboardInterrupt, the domain is as before.
         """
         started = time.perf_counter()
         check_domain(domain)
+        check_importance(importance)
         source = source.encode("utf-8", "replace").decode()  # a file's name need not be text
         before = self.adapter, self._attached
         try:
             with self.store.writing():
-                return self._lesson(list(documents), domain, source, budget or Budget(), started, report)
+                return self._lesson(list(documents), domain, source, importance, budget or Budget(), started, report)
         except BaseException:
             self._put(*before)
             raise
@@ -218,15 +237,18 @@ class ContinualLearner:
         documents: list[Document],
         domain: str,
         source: str,
+        importance: float,
         budget: Budget,
         started: float,
         report: Callable[[Event], None],
     ) -> Lesson:
-        train, heldout = self._split(documents)
+        taken = self._affordable(documents, budget, report)
+        train, heldout = self._split(taken)
         probe = heldout if heldout is not None else train
         history = self.store.history(domain)
         parent = history[-1] if history else None
-        seed = _seed(self.config.seed, domain, len(history))
+        depth = parent.depth if parent else 0  # not the history's length: early versions may have been pruned
+        seed = _seed(self.config.seed, domain, depth)
         shape = self._attach(parent, mx.random.key(seed))
         if shape.rank != self.config.lora_r:
             report({"event": "note", "text": f"{domain} keeps its rank of {shape.rank}"})
@@ -237,9 +259,16 @@ class ContinualLearner:
         _check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
+        buffer = self._buffer(parent, seed)
+        past = Past(buffer, depth + 1, source, importance)
+        fisher = None
+        if parent is not None and self.config.use_ewc and self.config.ewc_lambda > 0:
+            fisher = self._fisher(parent, buffer, depth, mx.random.key(seed), budget)
+        if fisher is not None:
+            past.penalty = _penalty(lora.adapter_arrays(self.model), fisher, self.config.ewc_lambda)
         end = started + budget.seconds
         session = Session(
-            self.model, self.config, train, seed % 2**32, budget, end - measuring.seconds, measuring.speed
+            self.model, self.config, train, past, seed % 2**32, budget, end - measuring.seconds, measuring.speed
         )
         session.run(report)
 
@@ -257,16 +286,23 @@ class ContinualLearner:
             seconds=time.perf_counter() - started,
             training_seconds=session.seconds,
             trained_tokens=session.tokens,
+            replayed_tokens=session.replayed,
             trainable_parameters=lora.num_parameters(arrays),
             measured="fit" if heldout is None else "heldout",
             measured_tokens=last.tokens,
             before=first.loss,
             after=last.loss,
             batch_size=session.rows,
-            complete=session.complete,
+            complete=session.complete and taken is documents,
             kept=[_kept(version, *pair) for version, pair in zip(earlier, rest, strict=False)],
         )
-        lesson.version = self._commit(lesson, parent, arrays, shape, heldout).name
+
+        def write(folder: Path) -> None:
+            write_adapter(folder, arrays, shape, self.model)
+            if fisher is not None:
+                write_fisher(folder, fisher)
+
+        lesson.version = self._commit(lesson, parent, write, heldout, buffer).name
         lesson.seconds = time.perf_counter() - started
         self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
@@ -284,6 +320,42 @@ class ContinualLearner:
             shape = replace(shape, rank=rank, alpha=scale * rank)
         self.model.train(False)
         return shape
+
+    def _buffer(self, parent: Version | None, seed: int) -> ReplayBuffer:
+        """The domain's windows as its head left them; an empty buffer, from `seed`, before the first lesson."""
+        c = self.config
+        recorded = self.store.replay(parent) if parent is not None else None
+        if recorded is None:
+            return ReplayBuffer(c.seq_len, c.replay_buffer_size, c.replay_strategy, seed)
+        state = {"counters": recorded.counters, "ids": recorded.ids, "priorities": recorded.priorities}
+        length = max(c.seq_len, recorded.counters["length"])
+        buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, length)
+        buffer.resize(c.replay_buffer_size)
+        return buffer
+
+    def _fisher(
+        self, parent: Version, buffer: ReplayBuffer, lesson: int, key: mx.array, budget: Budget
+    ) -> lora.Arrays | None:
+        """The Fisher that holds the adapter back: that of lesson `lesson`, the last one, added to its forerunners'.
+
+        It is estimated here, on the last lesson's replayed windows, so that a single lesson never pays for it; at most
+        `FISHER_SHARE` of the time goes into it. None where no window was kept.
+        """
+        before = read_fisher(self.store.files_of(parent), lora.adapter_arrays(self.model))
+        until = math.inf if budget.steps is not None else time.perf_counter() + FISHER_SHARE * budget.seconds
+        rows = list(islice(buffer.rows(lesson), self.config.ewc_fisher_samples))
+
+        def windows() -> Iterator[tuple[mx.array, mx.array]]:
+            for count, row in enumerate(rows):
+                if count and time.perf_counter() > until:
+                    return
+                tokens, mask = unpack(row.window)
+                yield mx.array(tokens)[None], mx.array(mask)[None]
+
+        if not rows:  # all of the last lesson was known from those before it
+            return before
+        latest = fisher_diagonal(logits_of(self.model), self.model.trainable_parameters(), windows(), key)
+        return consolidate(before, latest, self.config.ewc_gamma)
 
     def _measure(
         self, measuring: Measuring, probe: data.Tokens, history: list[Version], tokens: int, budget: Budget
@@ -314,14 +386,31 @@ class ContinualLearner:
                 earlier.append(version)
         return first, earlier
 
+    def _affordable(self, documents: list[Document], budget: Budget, report: Callable[[Event], None]) -> list[Document]:
+        """The documents themselves, or a sample of them where these are far more than the time allows to train on."""
+        most = round(TOKENS_PER_SECOND_AT_MOST * max(1.0, budget.seconds))
+        there = sum(estimated_tokens(document.text) for document in documents)
+        if budget.steps is not None or there <= most:
+            return documents
+        # The same for each lesson on this text, so that none trains on what another holds out.
+        taken = sample_documents(documents, most, self.config.seed)
+        count = sum(estimated_tokens(document.text) for document in taken)
+        text = f"the text has about {there:,} tokens; about {count:,} of them, drawn over all of it, are what"
+        report({"event": "note", "text": f"{text} {budget.seconds:g} seconds can hold"})
+        return taken
+
     def _split(self, documents: list[Document]) -> tuple[data.Tokens, data.Tokens | None]:
         """Training and held-out tokens; the latter None where the text is too short or nothing is to be held out."""
         tokens_of = lambda chosen: data.tokens_of(chosen, self.tokenizer, self.config.loss_on)  # noqa: E731
         if self.config.holdout > 0 and self._is_long(documents):
-            count = lambda text: len(self.tokenizer.encode(text)) + 1  # noqa: E731  with the end of the text
-            train, held = split_holdout(documents, self.config.holdout, HELD_OUT_AT_MOST, count, self.config.seed)
-            sizes = accumulate(len(tokens_of([document])) for document in held)  # a chat template adds to the text
-            kept = tokens_of([doc for doc, size in zip(held, sizes, strict=True) if size <= HELD_OUT_AT_MOST])
+            size = HELD_OUT_AT_MOST
+            while True:
+                train, held = split_holdout(documents, self.config.holdout, size, estimated_tokens, self.config.seed)
+                kept = tokens_of(held)
+                if len(kept) <= HELD_OUT_AT_MOST:
+                    break
+                estimate = sum(estimated_tokens(document.text) for document in held)  # was too low for this text
+                size = int(0.95 * estimate * HELD_OUT_AT_MOST / len(kept))
             rest = tokens_of(train)
             if _teaches(kept) and _teaches(rest):
                 return rest, kept
@@ -334,34 +423,33 @@ class ContinualLearner:
         return everything, None
 
     def _is_long(self, documents: list[Document]) -> bool:
-        """Whether the documents have `HELD_OUT_FROM` tokens; reads no further than it must."""
-        tokens = 0
-        for document in documents:
-            tokens += len(data.encode_document(document, self.tokenizer, self.config.loss_on)[0])
-            if tokens >= HELD_OUT_FROM:
-                return True
-        return False
+        """Whether the documents have `HELD_OUT_FROM` tokens; only where it is in doubt are they encoded."""
+        if sum(len(document.text) for document in documents) >= 16 * HELD_OUT_FROM:
+            return True
+        return len(data.tokens_of(documents, self.tokenizer, self.config.loss_on)) >= HELD_OUT_FROM
 
     def _commit(
         self,
         lesson: Lesson,
         parent: Version | None,
-        arrays: lora.Arrays,
-        shape: lora.LoRAConfig,
+        write: Callable[[Path], None],
         heldout: data.Tokens | None,
+        buffer: ReplayBuffer,
     ) -> Version:
         kept = None
         if heldout is not None:
             kept = HeldOut(heldout.ids, heldout.trained, heldout.n_documents, heldout.n_bytes)
+        depth = parent.depth + 1 if parent else 1
         figures = {k: v for k, v in lesson.as_json().items() if k not in ("version", "domain", "source")}
         return self.store.commit(
             lesson.domain,
             parent,
-            lambda folder: write_adapter(folder, arrays, shape, self.model),
+            write,
             source=lesson.source,
             config=asdict(self.config),
             figures=figures,
             heldout=kept,
+            replay=Replay(**buffer.membership(), windows={row.id: row.window for row in buffer.rows(depth)}),
         )
 
     # -- using ---------------------------------------------------------------------------------------------------
@@ -374,13 +462,23 @@ class ContinualLearner:
         context = context or min(512, self.model.config.max_seq_len)
         tokens = data.tokens_of(documents, self.tokenizer)
         windows = evaluation_windows(tokens, context, max(1, context // 2))
-        unseen = len(self.tokenizer.token_bytes(int(tokens.ids[0]))) if len(tokens) else 0  # is never a target
-        return evaluate(self.model, windows, tokens.n_bytes - unseen)
+        first = tokens.ids[:1].tolist()  # is never a target
+        unseen = sum(len(self.tokenizer.token_bytes(id)) for id in first if id not in self.tokenizer.special_ids)
+        measured = evaluate(self.model, windows, tokens.n_bytes - unseen)
+        _check_finite(
+            measured, "on this text: the model is damaged, or its numbers overflow; try MINIMAC_DTYPE=float32"
+        )
+        return measured
 
     def generate(self, prompt: str, max_length: int = 100, **sampling: Any) -> str:
         """The text that follows `prompt` under the attached domain; `sampling` as in `generate.Sampling`."""
         settings = generate.Sampling(**sampling)
         return generate.complete(self.model, self.tokenizer, prompt, max_length, settings).text
+
+
+def _penalty(anchor: lora.Arrays, fisher: lora.Arrays, strength: float) -> Callable[[Any], mx.array]:
+    """The adapter's distance from `anchor`, in nats per token, as a function of its parameters."""
+    return lambda parameters: ewc_penalty(parameters, anchor, fisher, strength)
 
 
 def _teaches(tokens: data.Tokens) -> bool:

@@ -29,6 +29,12 @@ def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple
     return losses.sum(), mask.sum()
 
 
+def window_losses(model: BaseModel, tokens: mx.array, mask: mx.array) -> mx.array:
+    """Mean loss of each window, (B,) in nats per token that counts; a window in which nothing counts has 0."""
+    losses = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * mask  # (B, T)
+    return losses.sum(axis=1) / mx.maximum(mask.sum(axis=1), 1)
+
+
 def loss_of(
     model: BaseModel, dtype: mx.Dtype = mx.float32
 ) -> Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]:

@@ -4,6 +4,7 @@ Everything that can be wrong with the input is found before the output directory
 kept in the directory, so that `--resume` needs nothing but its name.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ SAMPLE_BYTES = 100_000_000
 """Text that a new tokenizer is trained on, at most: more changes the merges little and costs memory."""
 
 HELD_OUT_SHARE = 0.02
+CACHED_TEXTS = 4
+"""Tokenised texts that are kept for other runs on them."""
+
 REQUEST = "run.json"
 
 
@@ -44,6 +48,8 @@ class Request:
     tokenizer: Path | None = None
     vocab_size: int = 8000
     eval_data: Path | None = None
+    cache: Path | None = None
+    """Where tokenised texts are kept; default MINIMAC_HOME/cache/tokens."""
 
 
 def run(
@@ -70,7 +76,7 @@ def run(
     if config and init:
         raise InputError("--config and --init exclude each other: the model in --init has its configuration")
     model, settings = read_config(config) if config else (PRESETS["medium"], {})
-    train = TrainConfig(**{**settings, **options})
+    train = TrainConfig(**_longer(settings, options))
     return start(Request(tuple(paths), out, train, model, init, tokenizer, vocab_size, eval_data), report)
 
 
@@ -88,6 +94,8 @@ def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict):
+        content = {key: {} if value is None else value for key, value in content.items()}
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise InputError(f"{path}: the mappings `model:` and `train:` were expected")
     unknown = sorted(set(content) - {"model", "train"})
@@ -103,6 +111,13 @@ def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     return shape, {name: getattr(train, name) for name in content.get("train", {})}
 
 
+def _longer(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with changes; a length given in steps takes the place of one in minutes, and the other way round."""
+    other = {"steps": "minutes", "minutes": "steps"}
+    dropped = {other[name] for name in other if changes.get(name) is not None} - set(changes)
+    return {**{name: value for name, value in settings.items() if name not in dropped}, **changes}
+
+
 def start(request: Request, report: Callable[[Event], None]) -> Progress:
     """Prepare and run a new training. The output directory must be new or empty."""
     refuse(request.out)
@@ -114,8 +129,9 @@ def start(request: Request, report: Callable[[Event], None]) -> Progress:
     existed = request.out.is_dir()
     request.out.mkdir(parents=True, exist_ok=True)
     with files.locked(request.out / ".lock", str(request.out)):
+        refuse(request.out)  # again: reading the text took its time, and somebody else may have been quicker
         try:
-            checkpoint.begin(request.out, model.config, tokenizer)
+            checkpoint.begin(request.out, model.config, tokenizer, request.init)
             (request.out / "trainer").mkdir()
             files.write_json(request.out / "trainer" / REQUEST, _as_json(request))
             trainer = _trainer(request, model, batches, heldout, report)
@@ -127,7 +143,7 @@ def start(request: Request, report: Callable[[Event], None]) -> Progress:
             if not existed:
                 request.out.rmdir()
             raise
-        return trainer.run()
+        return _run(trainer)
 
 
 def resume(out: Path, changes: dict[str, Any], report: Callable[[Event], None]) -> Progress:
@@ -135,10 +151,11 @@ def resume(out: Path, changes: dict[str, Any], report: Callable[[Event], None]) 
     if not (out / "trainer" / REQUEST).is_file():
         raise InputError(f"{out}: no training to resume there")
     with files.locked(out / ".lock", str(out)):
+        _refuse_lessons(out)
         for folder in (out, out / "trainer"):
             files.sweep(folder)
         request = _from_json(files.read_json(out / "trainer" / REQUEST), out)
-        request = replace(request, train=replace(request.train, **changes))
+        request = replace(request, train=TrainConfig(**_longer(asdict(request.train), changes)))
         tokenizer = Tokenizer.load(out)
         train, heldout = _data(request, tokenizer, report)
         config = ModelConfig.from_hf(files.read_json(out / modeldir.CONFIG), str(out / modeldir.CONFIG))
@@ -146,16 +163,29 @@ def resume(out: Path, changes: dict[str, Any], report: Callable[[Event], None]) 
         trainer = _trainer(request, model, _batches(request.train, config, train), heldout, report)
         report(forecast(trainer, len(train)))
         trainer.resume()
+        return _run(trainer)
+
+
+def _run(trainer: Trainer) -> Progress:
+    """Train, and draw the losses however that ends; that the picture cannot be written is no reason to fail."""
+    try:
         return trainer.run()
+    finally:
+        with contextlib.suppress(OSError):
+            plot_losses(checkpoint.read_metrics(trainer.metrics), trainer.directory / modeldir.LOSS_PLOT)
+
+
+def _refuse_lessons(out: Path) -> None:
+    if (out / "learner" / "learner.sqlite").exists():
+        raise InputError(f"{out} holds lessons, which belong to its weights; train into another directory")
 
 
 def refuse(out: Path) -> None:
-    """InputError for an output directory that training must not write to."""
-    if (out / "learner" / "learner.sqlite").exists():
-        raise InputError(f"{out} holds lessons, which belong to its weights; train into another directory")
+    """InputError for an output directory that a new run must not write to."""
+    _refuse_lessons(out)
     if (out / "trainer" / REQUEST).is_file():
         raise InputError(f"{out} holds a training run; go on with --resume or name another directory")
-    if out.is_file() or (out.is_dir() and any(path.name != ".lock" for path in out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(path.name not in (".lock", ".DS_Store") for path in out.iterdir())):
         raise InputError(f"{out} exists already; name another directory or remove it first")
 
 
@@ -243,8 +273,10 @@ def _data(
     request: Request, tokenizer: Tokenizer, report: Callable[[Event], None]
 ) -> tuple[data.TokenFile, data.Tokens | None]:
     """Training and held-out tokens. Without --eval-data the end of the text is held out."""
-    cache = files.home() / "cache" / "tokens"
+    cache = request.cache or files.home() / "cache" / "tokens"
     cache.mkdir(parents=True, exist_ok=True)
+    for old in sorted(cache.glob("tokens-*"), key=lambda path: path.stat().st_mtime)[:-CACHED_TEXTS]:
+        shutil.rmtree(old, ignore_errors=True)
 
     def progress(done: int, total: int) -> None:
         report({"event": "tokenizing", "done": done, "total": total})
@@ -272,6 +304,7 @@ def _model(request: Request, tokenizer: Tokenizer) -> ContinualLLM:
     if request.init is not None:
         model = ContinualLLM.from_checkpoint(request.init)
         tokenizer.check_fits(model.vocab_size)
+        _require_memory(model.config, "--init")
         return model
     config = replace(
         request.model,
@@ -280,13 +313,18 @@ def _model(request: Request, tokenizer: Tokenizer) -> ContinualLLM:
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
     )
-    needed, there = 28 * config.num_parameters(), memory_bytes()
+    _require_memory(config, "--config")
+    return ContinualLLM(config, request.train.seed)
+
+
+def _require_memory(config: ModelConfig, flag: str) -> None:
+    """InputError where not even weights, moments, gradients and their successors fit."""
+    needed, there = predicted_memory(config, 0, 0, False, False), memory_bytes()
     if needed > there:
         raise InputError(
             f"training {config.num_parameters():,} parameters takes at least {needed / 1e9:,.1f} GB, "
-            f"this machine has {there / 1e9:,.1f}; choose a smaller --config"
+            f"this machine has {there / 1e9:,.1f}; choose a smaller {flag}"
         )
-    return ContinualLLM(config, request.train.seed)
 
 
 def _batches(config: TrainConfig, model: ModelConfig, tokens: data.TokenFile) -> Batches:
@@ -305,12 +343,6 @@ def _trainer(
 ) -> Trainer:
     about = {"init": str(request.init) if request.init else None, "data": batches.windows.tokens.digest}
     return Trainer(request.out, model, request.train, batches, heldout, report, training_dtype(), about)
-
-
-def draw(out: Path) -> None:
-    """`loss.png` beside the metrics, if there are any."""
-    if (out / modeldir.METRICS).is_file():
-        plot_losses(checkpoint.read_metrics(out / modeldir.METRICS), out / modeldir.LOSS_PLOT)
 
 
 def _as_json(request: Request) -> dict[str, Any]:

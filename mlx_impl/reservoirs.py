@@ -16,14 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mlx_impl.config import REPLAY_STRATEGIES
 from mlx_impl.errors import DamagedFileError, InputError
 
-STRATEGIES = ("uniform", "importance", "reservoir")
 IMPORTANCES = (1e-6, 1e6)
 """Smallest and largest importance of a lesson; beyond them keys and odds would lose precision."""
 
 LEAST_PRIORITY = 1e-6
 """Nats added to every loss, so that a window that is known perfectly is still drawn at times (Schaul et al. 2016)."""
+
+
+def check_importance(importance: float) -> None:
+    """InputError for an importance that a lesson cannot have."""
+    low, high = IMPORTANCES
+    if not low <= importance <= high:
+        raise InputError(f"importance {importance} must lie between {low:g} and {high:g}")
 
 
 class SumTree:
@@ -143,10 +150,10 @@ class Reservoirs:
 
     def __init__(self, capacity: int, strategy: str, seed: int, alpha: float, beta: float) -> None:
         """No rows yet; InputError for values that cannot be."""
-        if capacity < 1 or strategy not in STRATEGIES:
+        if capacity < 1 or strategy not in REPLAY_STRATEGIES:
             raise InputError(
                 f"replay: capacity {capacity} must be at least 1 and strategy {strategy!r} one of "
-                f"{', '.join(STRATEGIES)}"
+                f"{', '.join(REPLAY_STRATEGIES)}"
             )
         self.capacity, self.strategy, self.seed, self.alpha, self.beta = capacity, strategy, seed, alpha, beta
         self.refused = self.draws = 0
@@ -160,9 +167,7 @@ class Reservoirs:
 
     def lesson(self, source: str, number: int, importance: float) -> Lesson:
         """The rows of a lesson from a source, none if it is new; InputError for an importance it cannot have."""
-        low, high = IMPORTANCES
-        if not low <= importance <= high:
-            raise InputError(f"importance {importance} must lie between {low:g} and {high:g}")
+        check_importance(importance)
         known = self.lessons.get((source, number))
         if known is None:
             pool = self.pools.setdefault("" if self.strategy == "reservoir" else source, Pool())

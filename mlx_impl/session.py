@@ -11,13 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
+from mlx_impl.arrays import Tree
 from mlx_impl.base import BaseModel
 from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.data import Tokens
 from mlx_impl.errors import InputError, NonFiniteLossError
-from mlx_impl.loss import loss_of
+from mlx_impl.loss import loss_of, window_losses
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
+from mlx_impl.replay import ReplayBuffer, Sample, mix, split_rows
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
@@ -43,14 +47,34 @@ class Budget:
                 raise InputError(f"--{name} {value} must be a positive number")
 
 
+@dataclass
+class Past:
+    """What a domain brings into a lesson: the buffer, which takes up the lesson's windows too, and what holds it back.
+
+    `lesson` numbers the one that begins, `source` and `importance` are its own. `penalty` is None where there is
+    nothing to be held near.
+    """
+
+    buffer: ReplayBuffer
+    lesson: int
+    source: str
+    importance: float = 1.0
+    penalty: Callable[[Tree], mx.array] | None = None
+
+
 class Session:
-    """The steps of one lesson within its budget; `tokens` counts those that were trained on, each time they were."""
+    """The steps of one lesson within its budget.
+
+    `tokens` counts those of the lesson's text that were trained on, each time they were, `replayed` those drawn from
+    earlier lessons. A window enters the buffer after the step that it was first used in.
+    """
 
     def __init__(
         self,
         model: BaseModel,
         config: ContinualLearningConfig,
         train: Tokens,
+        past: Past,
         seed: int,
         budget: Budget,
         deadline: float,
@@ -58,25 +82,32 @@ class Session:
     ) -> None:
         """`deadline`: when the last step should have ended, by time.perf_counter; `speed`: tokens a second, forward."""
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
+        self.past = past
+        self.ratio = config.replay_ratio if past.buffer.available(past.lesson) else 0.0
         windows = Windows(train, config.seq_len)
         accumulated = config.gradient_accumulation_steps
         seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
         affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
-        enough = min(budget.epochs * len(windows) / accumulated, affordable) / STEPS_WANTED
+        fresh = 1 - self.ratio  # share of a batch that is the lesson's own
+        enough = min(budget.epochs * len(windows) / accumulated / fresh, affordable) / STEPS_WANTED
         self.rows = max(1, min(config.batch_size, int(enough)))
         if budget.steps is not None:
             self.rows = config.batch_size
+        if not self.ratio:
+            self.rows = min(self.rows, len(windows))
         self.batches = Batches(windows, self.rows, seed)
-        self.rows = self.batches.rows
-        self.planned = budget.steps or max(1, math.ceil(budget.epochs * len(windows) / (self.rows * accumulated)))
+        new_rows = sum(split_rows(self.rows, self.ratio, step)[0] for step in range(1000)) / 1000
+        self.planned = budget.steps or max(1, math.ceil(budget.epochs * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
         if budget.steps is None:
             self.total = max(1, int(min(self.planned, affordable / self.rows)))
         mx.random.seed(seed)
         optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
-        self.stepper = Stepper(model.trainable_parameters(), optimizer, loss_of(model), config.max_grad_norm, compiled)
-        self.step = self.tokens = 0
+        self.stepper = Stepper(
+            model.trainable_parameters(), optimizer, loss_of(model), config.max_grad_norm, compiled, past.penalty
+        )
+        self.step = self.tokens = self.replayed = 0
         self.seconds = 0.0
 
     @property
@@ -100,26 +131,37 @@ class Session:
         self.seconds = time.perf_counter() - started
 
     def _one(self, report: Callable[[Event], None]) -> None:
-        count = range(self.config.gradient_accumulation_steps)
-        batch = [next(self.batches) for _ in count]
+        new = [self._new_rows() for _ in range(self.config.gradient_accumulation_steps)]
+        mixed = [mix(tokens, mask, self.past.buffer, count, self.past.lesson) for tokens, mask, count in new]
         warmup = max(1, round(self.config.warmup * self.total))
         rate = warmup_cosine(self.step, self.total, warmup, self.config.learning_rate)
-        result = self.stepper.step([(mx.array(t), mx.array(m)) for t, m in batch], rate)
+        result = self.stepper.step([(m.tokens, m.mask * m.weights[:, None]) for m in mixed], rate)
         loss, norm = result.read()
         self.step += 1
-        self.tokens += sum(int(m.sum()) for _, m in batch)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(f"step {self.step}: the loss became {loss}; nothing was kept, try a lower --lr")
-        report(
-            {
-                "event": "step",
-                "step": self.step,
-                "steps": self.total,
-                "loss": loss,
-                "lr": rate,
-                "tokens": self.tokens,
-            }
-        )
+        for (tokens, mask, _), sample in zip(new, mixed, strict=True):
+            self.tokens += int(mask.sum())
+            self.replayed += int(sample.mask[len(mask) :].sum().item())  # type: ignore[arg-type]
+            self.past.buffer.insert(tokens, mask, self.past.source, self.past.lesson, self.past.importance)
+            if self.config.replay_strategy == "importance" and sample.rows:
+                self._refresh(sample)
+        figures = {"loss": loss, "lr": rate, "tokens": self.tokens, "replayed": self.replayed}
+        report({"event": "step", "step": self.step, "steps": self.total, **figures})
+
+    def _new_rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32], int]:
+        """Windows of the lesson's own text for one microbatch, and how many earlier ones are to go with them."""
+        index = self.step * self.config.gradient_accumulation_steps
+        count, replayed = split_rows(self.rows, self.ratio, index)
+        tokens, mask = self.batches.take(min(count, len(self.batches.windows)))
+        return tokens, mask, replayed
+
+    def _refresh(self, sample: Sample) -> None:
+        """Note what the replayed windows of a batch cost now, for the next draws: one more forward pass over them."""
+        self.model.update(self.stepper.parameters)
+        rows = len(sample.rows)
+        losses = window_losses(self.model, sample.tokens[-rows:], sample.mask[-rows:])
+        self.past.buffer.update_priorities(sample.rows, np.array(losses))
 
     def _time_left(self, started: float) -> bool:
         """Whether another step fits; brings the plan, and with it the schedule, in line with the speed so far."""

@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,46 +20,13 @@ from typing import Any
 import numpy as np
 
 from mlx_impl import files, modeldir
+from mlx_impl.database import Database
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
 from mlx_impl.tokenizer import Tokenizer
 
-SCHEMA = 1
-_TABLES = """
-CREATE TABLE base (sha256 TEXT NOT NULL, tokenizer TEXT NOT NULL);
-CREATE TABLE versions (
-    id INTEGER PRIMARY KEY,
-    domain TEXT NOT NULL,
-    number INTEGER NOT NULL,
-    parent INTEGER REFERENCES versions (id),
-    depth INTEGER NOT NULL,
-    source TEXT NOT NULL,
-    created TEXT NOT NULL,
-    config TEXT NOT NULL,
-    figures TEXT NOT NULL,
-    files TEXT NOT NULL,
-    UNIQUE (domain, number)
-);
-CREATE TABLE heads (domain TEXT PRIMARY KEY, version INTEGER NOT NULL REFERENCES versions (id));
-CREATE TABLE heldout (
-    version INTEGER PRIMARY KEY REFERENCES versions (id) ON DELETE CASCADE,
-    ids BLOB NOT NULL,
-    trained BLOB,
-    documents INTEGER NOT NULL,
-    bytes INTEGER NOT NULL
-);
-"""
-_COLUMNS = "id, domain, number, parent, depth, source, created, config, figures, files"
+_COLUMNS = "domain, number, parent, depth, source, created, config, figures, files"
 _DATABASE = "learner.sqlite"
-_OTHER_CAUSES = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_READONLY,
-}
-"""Reasons for which a database that is not damaged cannot be read or written now."""
+_LOCK = ".lock"
 
 
 def check_domain(name: str) -> str:
@@ -89,10 +55,25 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Version:
-    """One committed lesson. `depth` counts the lessons on the way to it; `number` names its folder for good."""
+class Replay:
+    """A replay buffer as `ReplayBuffer.membership` gives it, and packed windows (n + 1,) int32 under their ids.
 
-    id: int
+    A commit gets the windows that are new, reading gives all that the buffer holds.
+    """
+
+    counters: dict[str, Any]
+    ids: np.ndarray  # (N, 16) uint8
+    priorities: np.ndarray  # (N,) float64
+    windows: dict[bytes, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Version:
+    """One committed lesson. `depth` counts the lessons on the way to it; `number` names its folder for good.
+
+    `parent` is the number of the version it stands on, which may have been pruned since; None for a first lesson.
+    """
+
     domain: str
     number: int
     parent: int | None
@@ -106,7 +87,11 @@ class Version:
     @property
     def name(self) -> str:
         """Folder name, v0001 and so on."""
-        return f"v{self.number:04d}"
+        return version_name(self.number)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `list --json` and `log --json` print of a lesson."""
+        return {"version": self.name, "source": self.source, "created": self.created, **self.figures}
 
 
 class Store:
@@ -118,28 +103,23 @@ class Store:
 
     def __init__(self, folder: Path, base: str, tokenizer: str) -> None:
         self.folder = folder
-        self._base = (base, tokenizer)
-        if self._database.is_file():
-            with self._connected() as db:
-                self._check(db)
-
-    @property
-    def _database(self) -> Path:
-        return self.folder / _DATABASE
+        self.database = Database(folder / _DATABASE, base, tokenizer)
+        if self.database.exists():
+            self.database.check()
 
     # -- reading ---------------------------------------------------------------------------------------------
 
     def domains(self) -> list[str]:
         """Names of the domains that have a lesson, sorted."""
-        if not self._database.is_file():
+        if not self.database.exists():
             return []
-        with self._connected() as db:
+        with self.database.connected() as db:
             return [row[0] for row in db.execute("SELECT domain FROM heads ORDER BY domain")]
 
     def head(self, domain: str) -> Version | None:
         """The current version of a domain, None if it has none."""
         check_domain(domain)
-        found = self._select("id = (SELECT version FROM heads WHERE domain = ?)", domain)
+        found = self._select("(domain, number) IN (SELECT domain, number FROM heads WHERE domain = ?)", domain)
         return found[0] if found else None
 
     def require(self, domain: str) -> Version:
@@ -152,35 +132,30 @@ class Store:
 
     def overview(self) -> list[dict[str, Any]]:
         """What `list --json` prints: each domain with its current lesson."""
-        heads = self._select("id IN (SELECT version FROM heads)")
-        return [
-            {
-                "domain": v.domain,
-                "version": v.name,
-                "lessons": v.depth,
-                "source": v.source,
-                "created": v.created,
-                **v.figures,
-            }
-            for v in sorted(heads, key=lambda v: v.domain)
-        ]
+        heads = self._select("(domain, number) IN (SELECT domain, number FROM heads)")
+        return [{"domain": v.domain, "lessons": v.depth, **v.as_json()} for v in heads]
+
+    def versions(self, domain: str | None = None) -> list[Version]:
+        """All versions there are, also those that no head stands on; by domain, then by number."""
+        return self._select("1") if domain is None else self._select("domain = ?", domain)
 
     def history(self, domain: str) -> list[Version]:
-        """The lessons that the domain's head stands on, first to last."""
+        """The lessons that the domain's head stands on, first to last, from the oldest that was not pruned."""
         head = self.head(domain)
         if head is None:
             return []
         chain = [head]
-        for version in reversed(self._select("domain = ?", domain)):  # a parent is older than its children
-            if version.id == chain[-1].parent:
+        for version in reversed(self.versions(domain)):  # a parent is older than its children
+            if version.number == chain[-1].parent:
                 chain.append(version)
         return chain[::-1]
 
     def heldout(self, version: Version) -> HeldOut | None:
         """What was held out of the lesson's text, None if nothing was."""
-        with self._connected() as db:
+        with self.database.connected() as db:
             row = db.execute(
-                "SELECT ids, trained, documents, bytes FROM heldout WHERE version = ?", (version.id,)
+                "SELECT ids, trained, documents, bytes FROM heldout WHERE domain = ? AND number = ?",
+                (version.domain, version.number),
             ).fetchone()
         if row is None:
             return None
@@ -188,21 +163,60 @@ class Store:
             ids = np.frombuffer(row[0], "<i4").astype(np.int32)
             trained = None if row[1] is None else np.frombuffer(row[1], np.uint8).astype(bool)
         except (ValueError, TypeError) as error:
-            raise self._damaged(error) from None
+            raise self.database.damaged(error) from None
         return HeldOut(ids, trained, row[2], row[3])
+
+    def replay(self, version: Version) -> Replay | None:
+        """The replay buffer as a version left it, with all of its windows; None if it left none.
+
+        Raises DamagedFileError where a window is missing or cannot be what was written.
+        """
+        key = (version.domain, version.number)
+        with self.database.connected() as db:
+            row = db.execute(
+                "SELECT counters, ids, priorities FROM replay WHERE domain = ? AND number = ?", key
+            ).fetchone()
+            stored = dict(db.execute("SELECT id, tokens FROM windows WHERE domain = ?", (version.domain,)))
+        if row is None:
+            return None
+        try:
+            ids = np.frombuffer(row[1], np.uint8).reshape(-1, 16)
+            windows = {id.tobytes(): np.frombuffer(stored[id.tobytes()], "<i4").astype(np.int32) for id in ids}
+            return Replay(json.loads(row[0]), ids, np.frombuffer(row[2], "<f8"), windows)
+        except (KeyError, ValueError) as error:
+            raise self.database.damaged(f"the replay buffer of {version.domain} {version.name}: {error}") from None
 
     def files_of(self, version: Version) -> Path:
         """The version's folder, after comparing its files' hashes; DamagedFileError names the one that differs."""
-        folder = self.folder / version.domain / version.name
+        for problem in self.damage(version):
+            raise DamagedFileError(f"{problem}; `minimac-mlx undo {version.domain}` goes back a version")
+        return self._folder(version)
+
+    def damage(self, version: Version) -> Iterator[str]:
+        """Each file of a version that is not as it was learned, and how."""
         for name, digest in version.files.items():
-            path = folder / name
+            path = self._folder(version) / name
             if not path.is_file():
-                raise DamagedFileError(f"{path}: missing; `minimac-mlx undo {version.domain}` goes back a version")
-            if files.sha256(path) != digest:
-                raise DamagedFileError(
-                    f"{path}: changed since it was learned; `minimac-mlx undo {version.domain}` goes back a version"
-                )
-        return folder
+                yield f"{path}: missing"
+            elif files.sha256(path) != digest:
+                yield f"{path}: changed since it was learned"
+
+    def paths(self, version: Version) -> list[Path]:
+        """The version's folder and the files that belong into it."""
+        return [self._folder(version), *(self._folder(version) / name for name in version.files)]
+
+    def _folder(self, version: Version) -> Path:
+        return self.folder / version.domain / version.name
+
+    def size(self) -> int:
+        """Bytes of all files in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[str | None]:
+        """Keep writers out for the block, which must be short, and yield None; where one is at work, yield its pid."""
+        with files.unlocked(self.folder / _LOCK) as holder:
+            yield holder
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -216,7 +230,7 @@ class Store:
         empty = self._refuse_others()
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(files.locked(self.folder / ".lock", str(self.folder)))
+                stack.enter_context(files.locked(self.folder / _LOCK, str(self.folder)))
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
@@ -224,9 +238,6 @@ class Store:
                     f"{self.folder} cannot be written to; keep lessons elsewhere with --store DIR"
                 ) from None
             try:
-                if self._database.is_file():
-                    with self._connected() as db:
-                        self._check(db)  # another process may have begun it
                 self._sweep()
                 yield
             except BaseException:
@@ -239,7 +250,7 @@ class Store:
 
     def _refuse_others(self) -> bool:
         """Whether the folder is there and empty; InputError where what is in it is not ours, and might be swept."""
-        if self._database.is_file() or not self.folder.exists():
+        if self.database.exists() or not self.folder.exists():
             return False
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} is no folder; lessons need one of their own, see --store")
@@ -260,15 +271,16 @@ class Store:
         config: dict[str, Any],
         figures: dict[str, Any],
         heldout: HeldOut | None,
+        replay: Replay | None = None,
     ) -> Version:
         """Make a version of the files that `write` puts into a folder, and the domain's head; call inside `writing`."""
         check_domain(domain)
-        if not self._database.is_file():
-            self._create()
-        with self._connected() as db:
-            highest = db.execute("SELECT max(number) FROM versions WHERE domain = ?", (domain,)).fetchone()[0]
-        number = (highest or 0) + 1
-        folder = self.folder / domain / f"v{number:04d}"
+        if not self.database.exists():
+            self.database.create()
+        with self.database.connected() as db:
+            latest = db.execute("SELECT latest FROM heads WHERE domain = ?", (domain,)).fetchone()
+        number = latest[0] + 1 if latest else 1
+        folder = self.folder / domain / version_name(number)
         with files.atomic_folder(folder) as temporary:
             write(temporary)
             digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
@@ -277,7 +289,7 @@ class Store:
         row = (
             domain,
             number,
-            parent.id if parent else None,
+            parent.number if parent else None,
             parent.depth + 1 if parent else 1,
             source,
             created,
@@ -285,52 +297,98 @@ class Store:
         documents = tuple(
             json.dumps(value, ensure_ascii=False, allow_nan=False) for value in (config, figures, digests)
         )
-        with self._connected() as db, db:  # the second: one transaction
-            key = db.execute(
-                f"INSERT INTO versions ({_COLUMNS.removeprefix('id, ')}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                row + documents,
-            ).lastrowid
+        with self.database.connected() as db, db:  # the second: one transaction
+            db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row + documents)
             if heldout is not None:
                 trained = None if heldout.trained is None else heldout.trained.astype(np.uint8).tobytes()
-                kept = (key, heldout.ids.astype("<i4").tobytes(), trained, heldout.documents, heldout.bytes)
-                db.execute("INSERT INTO heldout VALUES (?, ?, ?, ?, ?)", kept)
-            db.execute("INSERT OR REPLACE INTO heads VALUES (?, ?)", (domain, key))
-        return self._select("id = ?", key)[0]
+                kept = (domain, number, heldout.ids.astype("<i4").tobytes(), trained, heldout.documents, heldout.bytes)
+                db.execute("INSERT INTO heldout VALUES (?, ?, ?, ?, ?, ?)", kept)
+            if replay is not None:
+                windows = [(domain, id, window.astype("<i4").tobytes()) for id, window in replay.windows.items()]
+                db.executemany("INSERT OR IGNORE INTO windows VALUES (?, ?, ?)", windows)
+                ids, priorities = replay.ids.astype(np.uint8).tobytes(), replay.priorities.astype("<f8").tobytes()
+                counters = json.dumps(replay.counters, allow_nan=False)
+                db.execute("INSERT INTO replay VALUES (?, ?, ?, ?, ?)", (domain, number, counters, ids, priorities))
+            db.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (domain, number, number))
+        return self.require(domain)
 
     def undo(self, domain: str, to: int | None = None) -> Version | None:
         """Move a domain's head back one lesson, or to version number `to`; returns the new head.
 
-        Undoing the first lesson removes the domain and its files and returns None. Call inside `writing`.
+        Undoing the first lesson removes the domain and its files and returns None. Raises InputError where the
+        version is not there or was pruned. Call inside `writing`.
         """
         head = self.require(domain)
-        if to is None and head.parent is None:
+        number = head.parent if to is None else to
+        if number is None:
             self._erase(domain)
             return None
-        if to is None:
-            target = self._select("id = ?", head.parent)
-        else:
-            target = self._select("domain = ? AND number = ?", domain, to)
+        target = self._select("domain = ? AND number = ?", domain, number)
         if not target:
-            known = ", ".join(version.name for version in self._select("domain = ?", domain))
-            raise InputError(f"domain {domain} has no version {to}; there are: {known}")
-        with self._connected() as db, db:
-            db.execute("UPDATE heads SET version = ? WHERE domain = ?", (target[0].id, domain))
+            raise self._missing(head, to)
+        with self.database.connected() as db, db:
+            db.execute("UPDATE heads SET number = ? WHERE domain = ?", (number, domain))
         return target[0]
 
+    def _missing(self, head: Version, to: int | None) -> InputError:
+        """The error for a version that `undo` cannot go to: the head's parent, or number `to`."""
+        if to is None:
+            return InputError(
+                f"{head.name} is the oldest version of {head.domain} that is kept, the ones before were pruned; "
+                f"`minimac-mlx forget {head.domain}` removes the domain"
+            )
+        with self.database.connected() as db:
+            latest = db.execute("SELECT latest FROM heads WHERE domain = ?", (head.domain,)).fetchone()[0]
+        known = ", ".join(version.name for version in self.versions(head.domain))
+        if 1 <= to <= latest:
+            return InputError(f"version {to} of domain {head.domain} was pruned; there are: {known}")
+        return InputError(f"domain {head.domain} has no version {to}; there are: {known}")
+
+    def forget(self, domain: str) -> list[Version]:
+        """Erase a domain: its versions, which are returned, their files, labels and held-out tokens.
+
+        Afterwards no file of the store holds anything of it, and all others are as if it had never been there. A crash
+        leaves it whole, or gone but for a folder that the next writer sweeps. Call inside `writing`.
+        """
+        self.require(domain)
+        versions = self.versions(domain)
+        self._erase(domain)
+        return versions
+
+    def prune(self, keep: int) -> list[Version]:
+        """Delete all versions but each domain's head and the `keep` - 1 that it stands on; returns the deleted ones.
+
+        Their held-out tokens go with them. Raises InputError for `keep` below 1. Call inside `writing`.
+        """
+        if keep < 1:
+            raise InputError(f"--keep {keep}: at least the version that a domain is at stays, so 1 or more")
+        kept = {
+            (version.domain, version.number) for domain in self.domains() for version in self.history(domain)[-keep:]
+        }
+        pruned = [version for version in self.versions() if (version.domain, version.number) not in kept]
+        if pruned:
+            with self.database.rewriting() as db:
+                for version in pruned:
+                    db.execute("DELETE FROM versions WHERE domain = ? AND number = ?", (version.domain, version.number))
+                for domain in {version.domain for version in pruned}:
+                    _drop_unused_windows(db, domain)
+            self._sweep()
+        return pruned
+
     def _erase(self, domain: str) -> None:
-        """Remove a domain's rows, then its folder. SQLite overwrites the rows' space (secure_delete)."""
-        with self._connected() as db, db:
-            db.execute("DELETE FROM heads WHERE domain = ?", (domain,))
-            db.execute("DELETE FROM versions WHERE domain = ?", (domain,))
+        """Remove a domain's rows without a trace, then its folder, which no row knows any more."""
+        self.database.erase(domain)
         self._sweep()
         files.fsync(self.folder)
 
     def _sweep(self) -> None:
-        """Remove temporary files and version folders that no row knows: what crashed and failed writers left."""
+        """Remove what crashed and failed writers left: temporary files, folders that no row knows, dead journals."""
         if not self.folder.is_dir():
             return
+        if self.database.exists():
+            self.database.sweep()  # checks it too: another process may have begun it
         files.sweep(self.folder)
-        known = {(v.domain, v.name) for v in self._select("1")}
+        known = {(v.domain, v.name) for v in self.versions()}
         for domain in [path for path in self.folder.iterdir() if _is_domain(path.name)]:
             if domain.is_symlink() or not domain.is_dir():
                 continue
@@ -343,86 +401,45 @@ class Store:
 
     def _remove_unused(self, keep_folder: bool) -> None:
         """Remove database and lock, which is held, if there is no lesson; the folder too if nothing is left in it."""
-        ours = [*sorted(self.folder.glob(f"{_DATABASE}*"), reverse=True), self.folder / ".lock"]  # the journal first
+        ours = [*sorted(self.folder.glob(f"{_DATABASE}*"), reverse=True), self.folder / _LOCK]  # the journal first
         others = [path for path in self.folder.iterdir() if path not in ours]
-        if self._select("1") or any(_is_domain(path.name) for path in others):
+        if self.versions() or any(_is_domain(path.name) for path in others):
             return
         for path in ours:
             path.unlink(missing_ok=True)
         if not keep_folder and not others:
             self.folder.rmdir()
 
-    # -- database --------------------------------------------------------------------------------------------
-
-    def _create(self) -> None:
-        """Make an empty database of this base and tokenizer; it has its name only when it is whole."""
-        with files.atomic_file(self._database) as temporary, self._connected(temporary) as db:
-            db.executescript(_TABLES)
-            db.execute("INSERT INTO base VALUES (?, ?)", self._base)
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
-            db.commit()
-
-    @contextlib.contextmanager
-    def _connected(self, path: Path | None = None) -> Iterator[sqlite3.Connection]:
-        """A connection to the database, or to a new one at `path`, closed at the end.
-
-        What SQLite finds wrong becomes an OSError or a DamagedFileError.
-        """
-        mode = "rwc" if path else "rw"  # without it, reading what was just removed would make an empty file
-        where = f"{(path or self._database).absolute().as_uri()}?mode={mode}"
-        try:
-            with contextlib.closing(sqlite3.connect(where, timeout=10, uri=True)) as db:
-                db.execute("PRAGMA foreign_keys = ON")
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute("PRAGMA secure_delete = ON")
-                if sys.platform == "darwin":
-                    db.execute("PRAGMA fullfsync = ON")
-                yield db
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter for a damaged schema's text
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-            if code == sqlite3.SQLITE_FULL:
-                raise OSError(errno.ENOSPC, str(error), str(self._database)) from None
-            if code in _OTHER_CAUSES:
-                raise OSError(f"{self._database}: {error}") from None
-            raise self._damaged(error) from None
-
-    def _damaged(self, reason: object) -> DamagedFileError:
-        return DamagedFileError(
-            f"{self._database}: {reason}; restore it from a backup, or move {self.folder} away to start afresh"
-        )
-
-    def _check(self, db: sqlite3.Connection) -> None:
-        """Compare schema, base and tokenizer with what this program and this model have."""
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA:
-            raise InputError(
-                f"{self._database}: written by a newer program (schema {version}, this one knows {SCHEMA}); "
-                "update this one"
-            )
-        recorded = db.execute("SELECT sha256, tokenizer FROM base").fetchone() if version == SCHEMA else None
-        if recorded is None:
-            raise self._damaged("no database of lessons")
-        for what, old, new in zip(("base model", "tokenizer"), recorded, self._base, strict=True):
-            if old != new:
-                raise InputError(
-                    f"{self.folder}: these lessons belong to another {what} (sha256 {old:.12}, this one is {new:.12}); "
-                    "use --model with theirs, or --store with another folder"
-                )
-
     def _select(self, where: str, *values: Any) -> list[Version]:
-        if not self._database.is_file():
+        if not self.database.exists():
             return []
-        with self._connected() as db:
-            rows = db.execute(f"SELECT {_COLUMNS} FROM versions WHERE {where} ORDER BY id", values).fetchall()
+        with self.database.connected() as db:
+            rows = db.execute(
+                f"SELECT {_COLUMNS} FROM versions WHERE {where} ORDER BY domain, number", values
+            ).fetchall()
         try:
-            return [Version(*row[:7], *(json.loads(text) for text in row[7:])) for row in rows]
+            return [Version(*row[:6], *(json.loads(text) for text in row[6:])) for row in rows]
         except (ValueError, TypeError) as error:
-            raise self._damaged(error) from None
+            raise self.database.damaged(error) from None
+
+
+def _drop_unused_windows(db: sqlite3.Connection, domain: str) -> None:
+    """Delete a domain's windows that no version's replay buffer holds any more."""
+    used: set[bytes] = set()
+    for (ids,) in db.execute("SELECT ids FROM replay WHERE domain = ?", (domain,)):
+        used |= {ids[start : start + 16] for start in range(0, len(ids), 16)}
+    known = [id for (id,) in db.execute("SELECT id FROM windows WHERE domain = ?", (domain,))]
+    db.executemany("DELETE FROM windows WHERE domain = ? AND id = ?", [(domain, id) for id in known if id not in used])
 
 
 def open_store(model: Path, folder: Path | None = None) -> Store:
     """The lessons of a model directory, kept in `folder` or in the directory's `learner`."""
     return Store(folder or model / "learner", modeldir.identity(model), Tokenizer.load(model).digest)
+
+
+def version_name(number: int) -> str:
+    """v0002 for 2."""
+    return f"v{number:04d}"
 
 
 def version_number(name: str) -> int:

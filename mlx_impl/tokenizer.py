@@ -48,8 +48,9 @@ class Tokenizer:
         _mark_special(state["added_tokens"], ids, set(self._named.values()))
         self._specials = {t["content"]: t for t in state["added_tokens"] if t["special"]}
         self._special_pattern = _special_pattern(self._specials.values())
+        framed: list[int] = []
         if self._model is None:
-            self._encode, self._encode_later = _tokenizers_encoders(state, where)
+            self._encode, self._encode_later, framed = _tokenizers_encoders(state, where)
         else:
             self._encode = self._encode_later = _sentencepiece_encoder(self._model)
         self._bytes, self._drops_first_space = _byte_table(state, where)
@@ -63,6 +64,10 @@ class Tokenizer:
         self.eos_id: int | None = ids.get(self._named.get("eos_token"))
         self.pad_id: int | None = ids.get(self._named.get("pad_token"))
         self.unk_id: int | None = ids.get(self._named.get("unk_token"))
+        asked = framed[:1] == [self.bos_id] or self._config.get("add_bos_token") is True
+        self.adds_bos = asked and self.bos_id is not None
+        """Whether its model expects `bos_id` before a plain text: the post-processor of tokenizer.json puts it there,
+        or `add_bos_token` asks for it. `encode` never does; prompts and documents get it, chats from their template."""
         self.eos_ids = [] if self.eos_id is None else [self.eos_id]
         """Every id that ends a text; `load` adds those of generation_config.json."""
         template = self._config.get("chat_template")
@@ -224,11 +229,13 @@ def _sentencepiece_encoder(model: bytes) -> Callable[[str], list[int]]:
     return lambda text: list(processor.encode(text, out_type=int))
 
 
-def _tokenizers_encoders(state: dict[str, Any], where: str) -> tuple[Callable[[str], list[int]], ...]:
-    """Two encoders: for the beginning of a text, and for what follows a special token."""
+def _tokenizers_encoders(
+    state: dict[str, Any], where: str
+) -> tuple[Callable[[str], list[int]], Callable[[str], list[int]], list[int]]:
+    """Encoders for the beginning of a text and for what follows a special token; "a" with all that is put round it."""
     from tokenizers import Tokenizer as Library
 
-    def encoder(text: str) -> Callable[[str], list[int]]:
+    def read(text: str) -> Library:
         try:
             library = Library.from_str(text)
         except Exception as error:  # the library raises nothing more specific
@@ -236,13 +243,17 @@ def _tokenizers_encoders(state: dict[str, Any], where: str) -> tuple[Callable[[s
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # their text is encoded like any other
+        return library
+
+    def encoder(library: Library) -> Callable[[str], list[int]]:
         return lambda text: list(library.encode(text, add_special_tokens=False).ids)
 
     text = json.dumps(state, ensure_ascii=False)
-    first = encoder(text)
+    whole = read(text)
+    first = encoder(whole)
     # Metaspace with this scheme puts a space before the beginning of a text only.
     inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text) if '"prepend_scheme": "first"' in text else None
-    return first, encoder(inner) if inner else first
+    return first, encoder(read(inner)) if inner else first, list(whole.encode("a").ids)
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

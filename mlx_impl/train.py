@@ -222,12 +222,15 @@ class Trainer:
         length = self.batches.windows.seq_len
         result = evaluate(self.model, evaluation_windows(self.heldout, length, length))
         self.model.train()
+        if not math.isfinite(result.loss):
+            raise NonFiniteLossError(
+                f"step {self.progress.step}: the held-out loss is {result.loss}; the state of step "
+                f"{self._saved} is kept"
+            )
         best = self.progress.best_loss is None or result.loss < self.progress.best_loss
         record = {"step": self.progress.step, "heldout_loss": result.loss, "accuracy": result.accuracy}
         checkpoint.append_metrics(self.metrics, record)
         self.report({"event": "eval", **record, "tokens": result.tokens, "best": best})
-        if not math.isfinite(result.loss):
-            raise NonFiniteLossError(f"step {self.progress.step}: the held-out loss is {result.loss}")
         if best:
             self.progress.best_loss, self.progress.best_step = result.loss, self.progress.step
             self._publish()

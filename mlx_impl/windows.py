@@ -111,11 +111,15 @@ class Batches:
 
     def __next__(self) -> Batch:
         """Tokens (B, L + 1) int32 and mask (B, L) float32."""
-        chosen = self._take(self.rows)
-        if len(chosen) < self.rows:
+        return self.take(self.rows)
+
+    def take(self, rows: int) -> Batch:
+        """The next `rows` windows, at most as many as there are: tokens (rows, L + 1) and mask (rows, L)."""
+        chosen = self._take(rows)
+        if len(chosen) < rows:
             self.epoch, self.position = self.epoch + 1, 0
             self._order = self._permutation(self.epoch)
-            chosen = np.concatenate([chosen, self._take(self.rows - len(chosen))])
+            chosen = np.concatenate([chosen, self._take(rows - len(chosen))])
         return self.windows.batch(chosen)
 
     @property

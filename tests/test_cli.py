@@ -169,6 +169,17 @@ def test_learn_again_tells_what_was_kept(model: Path, text: Path) -> None:
     assert math.isclose(kept["ppl_forget_percent"], 100 * math.expm1(kept["after"] - kept["before"]), abs_tol=1e-6)
 
 
+def test_replay_and_ewc_can_be_switched_off(model: Path, text: Path) -> None:
+    lesson = ("learn", "-m", model, text, "--steps", "2", "--quiet")
+    as_json(*lesson, "--importance", "2")
+    assert as_json(*lesson)["replayed_tokens"] > 0
+    assert (model / "learner" / "main" / "v0002" / "state.safetensors").is_file()
+    assert as_json(*lesson, "--no-replay", "--no-ewc")["replayed_tokens"] == 0
+    assert not (model / "learner" / "main" / "v0003" / "state.safetensors").exists()
+    done = run(*lesson, "--importance", "0")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+
+
 def test_what_learn_reads_and_how_it_is_labelled(tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "papers"
     folder.mkdir()
@@ -221,6 +232,143 @@ def test_list_and_undo(model: Path) -> None:
     assert [r["domain"] for r in as_json("list", "-m", model)["domains"]] == ["law"]
     again = as_json("generate", "-m", model, "the key", "--max-tokens", "6", "--temperature", "0")
     assert (again["text"], again["domain"]) == (bare["text"], None)
+
+
+# -- log, forget, prune, verify ----------------------------------------------------------------------------------
+
+
+def test_log(model: Path, text: Path) -> None:
+    as_json("learn", "-m", model, text, "--steps", "1")
+    learned(model, "--source", "second")
+    record = as_json("log", "-m", model)
+    assert (record["domain"], record["pruned"]) == ("main", 0)
+    assert [(r["version"], r["source"]) for r in record["lessons"]] == [("v0002", "second"), ("v0001", "reference.txt")]
+    latest, first = record["lessons"]
+    assert {"created", "tokens", "steps", "seconds", "fit", "kept"} <= latest.keys()
+    assert [kept["version"] for kept in latest["kept"]] == ["v0001"]
+    assert first["heldout"].keys() == {"before", "after", "tokens"}
+    lines = run("log", "-m", model, "main").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["v0002", "perplexity", "v0001"]
+    assert f"{latest['tokens']:,} tokens, 2 steps, " in lines[0]
+    assert f"fit {latest['fit']['before']:.3f} -> {latest['fit']['after']:.3f}  second" in lines[0]
+    assert f"v0001 {latest['kept'][0]['ppl_forget_percent']:+.1f} %" in lines[1]
+    as_json("undo", "-m", model)
+    assert [r["version"] for r in as_json("log", "-m", model)["lessons"]] == ["v0001"]
+    unknown = run("log", "-m", model, "law")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert unknown.err == "error: no domain called 'law'; there are: main\n"
+
+
+def test_forget_needs_a_yes(model: Path) -> None:
+    for domain in ("law", "law", "main"):
+        learned(model, "--domain", domain, "--source", f"about {domain}.txt")
+    before = tree(model)
+    for stdin in (b"", b"y\n", None):
+        done = run("forget", "-m", model, "law", stdin=stdin)
+        assert (done.code, done.out) == (2, "")
+        assert "say --yes if it is meant" in done.err
+        assert done.err.count("\n") == 1
+    assert tree(model) == before
+    record = as_json("forget", "-m", model, "law", "--yes")
+    assert (record["domain"], record["forgotten"]) == ("law", ["v0001", "v0002"])
+    assert record["bytes"] > 20_000
+    after = tree(model)
+    assert {path for path in before if path.startswith("learner/law/")} == before.keys() - after.keys()
+    changed = {path for path in after if after[path] != before[path]}
+    assert changed == {"learner/learner.sqlite"}
+    assert not any(b"law" in content for path, content in after.items() if path.startswith("learner/"))
+    again = run("forget", "-m", model, "law", "--yes")
+    assert (again.code, again.err) == (2, "error: no domain called 'law'; there are: main\n")
+    assert run("forget", "-m", model, "main", "--yes").out.startswith("main is forgotten: 1 version, ")
+    assert not (model / "learner").exists()
+
+
+@pytest.mark.parametrize(("answer", "code"), [(b"y\n", 0), (b"\n", 1), (b"n\n", 1), (b"\x04", 130)])
+def test_forget_asks_on_a_terminal(model: Path, answer: bytes, code: int) -> None:
+    learned(model, "--source", "notes.md")
+    before = tree(model)
+    ours, theirs = pty.openpty()
+    process = start("forget", "-m", model, "main", stdin=theirs)
+    os.close(theirs)
+    os.write(ours, answer)
+    out, err = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == code
+    assert err.startswith(b"main: 1 version, learned from notes.md. Erase it for good? [y/N]: ")
+    assert out.startswith(b"main is forgotten: ") == (code == 0)
+    if code:
+        assert err.endswith(b"error: nothing was erased\n" if code == 1 else b"interrupted\n")
+        assert tree(model) == before
+
+
+def test_prune(model: Path) -> None:
+    for _ in range(4):
+        learned(model)
+    assert run("prune", "-m", model).out == "nothing to prune\n"
+    size = sum(len(content) for content in tree(model).values())
+    record = as_json("prune", "-m", model, "--keep", "2")
+    assert record["pruned"] == [{"domain": "main", "version": name} for name in ("v0001", "v0002")]
+    assert record["bytes"] == size - sum(len(content) for content in tree(model).values()) > 20_000
+    assert run("log", "-m", model).out.splitlines()[-1] == "2 older lessons of main pruned"
+    as_json("undo", "-m", model)
+    done = run("undo", "-m", model)
+    assert (done.code, done.out) == (2, "")
+    assert "v0003 is the oldest version of main that is kept" in done.err
+    assert run("prune", "-m", model, "--keep", "1").out.startswith("pruned 1 version, ")
+    assert run("prune", "-m", model, "--keep", "0").code == 2
+
+
+def test_verify(model: Path) -> None:
+    files = len(verify_manifest(model)["files"])
+    counts = {"base_files": files, "domains": 0, "versions": 0, "files": 0}
+    assert as_json("verify", "-m", model) == {"problems": [], **counts, "writer": None}
+    for domain in ("law", "main", "main"):
+        learned(model, "--domain", domain)
+    before = tree(model)
+    done = run("verify", "-m", model)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("all is well: 2 domains, 3 versions, ")
+    assert done.out.endswith(f" files, {files} files of the base\n")
+    assert tree(model) == before
+    adapter = model / "learner" / "main" / "v0001" / "adapters.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"?")
+    (model / "learner" / "odd\x1b name").write_text("")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    bad = run("verify", "-m", model)
+    assert (bad.code, bad.err) == (3, "")
+    lines = bad.out.splitlines()
+    assert len(lines) == 3
+    assert "model.safetensors has sha256" in lines[0]
+    assert lines[1].startswith(f"{model}/learner/odd\ufffd name: belongs to no lesson")
+    assert lines[2] == f"{adapter}: changed since it was learned"
+    as_record = run("verify", "-m", model, "--json")
+    assert as_record.code == 3
+    assert json.loads(as_record.out)["problems"] == lines
+    (model / "learner" / "learner.sqlite").write_bytes(b"x" * 5000)
+    broken = run("verify", "-m", model)
+    assert broken.code == 3
+    assert "learner.sqlite: file is not a database" in broken.out.splitlines()[1]
+
+
+def test_forget_and_prune_wait_for_a_lesson(model: Path, text: Path) -> None:
+    learned(model)
+    process = start("learn", "-m", model, text, "--steps", "1000000")
+    try:
+        assert process.stderr is not None
+        while b'"step"' not in process.stderr.readline():
+            assert process.poll() is None
+        for arguments in (("forget", "main", "--yes"), ("prune",), ("undo",)):
+            done = run(*arguments, "-m", model)
+            assert (done.code, done.out) == (4, "")
+            assert f"process {process.pid};" in done.err
+        looked = run("verify", "-m", model)
+        assert looked.code == 0
+        assert looked.out.endswith(f"; process {process.pid} is writing, so leftovers were not looked for\n")
+        assert [r["version"] for r in as_json("log", "-m", model)["lessons"]] == ["v0001"]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # -- generate ----------------------------------------------------------------------------------------------------

@@ -31,17 +31,19 @@ from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.readers import Document, Exchange, Message, read_documents
 from mlx_impl.windows import Batches, Windows, evaluation_windows
 
-EOS, START = 256, 257
+EOS, START, BOS = 256, 257, 258
 
 
 class ByteTokenizer:
     """Bytes as ids; a ChatML-like template: START role newline content EOS newline."""
 
+    bos_id: int | None = BOS
     eos_id: int | None = EOS
+    adds_bos = False
     digest = "bytes"
     has_chat_template = False
 
-    def __init__(self, vocab_size: int = 258) -> None:
+    def __init__(self, vocab_size: int = 259) -> None:
         self.vocab_size = vocab_size
         self.calls = 0
 
@@ -59,19 +61,23 @@ class ChatTokenizer(ByteTokenizer):
     has_chat_template = True
 
 
+class BeginningTokenizer(ByteTokenizer):
+    adds_bos = True
+
+
 def chat(*turns: str) -> tuple[Message, ...]:
     """Messages from "user: hello" and the like."""
     return tuple(dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns)
 
 
 def shown(document: Document, tokenizer: ByteTokenizer, loss_on: str) -> str:
-    """The encoded document, EOS as $, START as ^, with [] round what is trained on."""
+    """The encoded document, EOS as $, START as ^, BOS as <, with [] round what is trained on."""
     ids, trained = encode_document(document, tokenizer, loss_on)
     assert ids.dtype == np.int32
     flags = [True] * len(ids) if trained is None else trained.tolist()
     out = ""
     for flag, group in itertools.groupby(zip(ids.tolist(), flags, strict=True), key=lambda pair: pair[1]):
-        text = "".join({EOS: "$", START: "^"}.get(token) or chr(token) for token, _ in group)
+        text = "".join({EOS: "$", START: "^", BOS: "<"}.get(token) or chr(token) for token, _ in group)
         out += f"[{text}]" if flag else text
     return out.replace("\n", "|")
 
@@ -156,6 +162,33 @@ def test_documents_that_cannot_be_encoded() -> None:
         encode_document(Document("x", "xyz"), ByteTokenizer(vocab_size=100))
 
 
+def test_bos_begins_each_plain_document_once() -> None:
+    tokenizer = BeginningTokenizer()
+    exchange = Document("e", Exchange("pp", "ccc"))
+    assert shown(Document("t", "ab"), tokenizer, "all") == "[<ab$]"
+    assert shown(Document("t", "ab"), tokenizer, "completion") == "<[ab$]"
+    assert shown(exchange, tokenizer, "completion") == "<pp[ccc$]"
+    assert shown(Document("t", ""), tokenizer, "all") == "[$]"  # a begin alone would give something to predict
+    tokenizer.bos_id = None
+    assert shown(Document("t", "ab"), tokenizer, "all") == "[ab$]"
+    pieces = [Document("a", "a", ends=False), Document("a", "b", ends=False), Document("a", "c"), exchange]
+    tokens = tokens_of(pieces, BeginningTokenizer(), "completion")
+    assert tokens.ids.tolist() == [BOS, *b"abc", EOS, BOS, *b"ppccc", EOS]
+    assert tokens.trained is not None
+    assert tokens.trained.tolist() == [False, *[True] * 4, *[False] * 3, *[True] * 4]
+    plain = tokens_of(pieces, BeginningTokenizer())
+    assert plain.trained is None
+    assert plain.n_bytes == 8
+
+
+def test_bos_of_a_conversation_is_left_to_its_template() -> None:
+    tokenizer = ChatTokenizer()
+    tokenizer.adds_bos = True
+    for document in (CONVERSATION, Document("e", Exchange("pp", "ccc"))):
+        assert BOS not in encode_document(document, tokenizer)[0]
+    assert encode_document(Document("t", "ab"), tokenizer)[0][0] == BOS
+
+
 def test_tokens_of() -> None:
     documents = [Document("a", "añ", ends=False), Document("a", "b"), Document("e", Exchange("pp", "ccc"))]
     tokens = tokens_of(documents, ByteTokenizer(), "completion")
@@ -186,11 +219,11 @@ def leftovers(cache: Path) -> list[str]:
     return [path.name for path in cache.rglob("*")] if cache.exists() else []
 
 
-@pytest.mark.parametrize("vocab_size", [258, 1 << 16, (1 << 16) + 1])
+@pytest.mark.parametrize("vocab_size", [259, 1 << 16, (1 << 16) + 1])
 @pytest.mark.parametrize("loss_on", data.LOSS_ON)
 def test_a_token_file_equals_the_tokens_in_memory(tmp_path: Path, vocab_size: int, loss_on: str) -> None:
     paths = [corpus(tmp_path / "corpus")]
-    tokenizer = ByteTokenizer(vocab_size)
+    tokenizer = BeginningTokenizer(vocab_size)
     file = tokenize_files(paths, tokenizer, tmp_path / "cache", loss_on)
     memory = tokens_of(read_documents(paths), tokenizer, loss_on)
     assert file.ids.dtype == (np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -215,13 +248,14 @@ def test_the_cache_is_reused_until_something_that_matters_changes(tmp_path: Path
 
     digests = {again.digest}
     a, b = moved / "if.txt", moved / "for.txt"
-    chatty, other, endless = ChatTokenizer(), ByteTokenizer(), ByteTokenizer()
+    chatty, other, endless, begun = ChatTokenizer(), ByteTokenizer(), ByteTokenizer(), BeginningTokenizer()
     other.digest, endless.eos_id = "other", None
     for paths, with_tokenizer, loss_on in [
         ([moved], tokenizer, "completion"),
         ([moved], chatty, "all"),
         ([moved], other, "all"),
         ([moved], endless, "all"),
+        ([moved], begun, "all"),
         ([a, b], tokenizer, "all"),
         ([b, a], tokenizer, "all"),
     ]:
@@ -234,7 +268,7 @@ def test_the_cache_is_reused_until_something_that_matters_changes(tmp_path: Path
         digests.add(tokenize_files([rows], tokenizer, cache).digest)
     a.write_text(a.read_text(encoding="utf-8") + "more", encoding="utf-8")
     digests.add(tokenize_files([moved], tokenizer, cache).digest)
-    assert len(digests) == 10
+    assert len(digests) == 11
 
 
 def test_a_damaged_file_is_refused_and_a_damaged_cache_made_anew(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Pieces:
         self.pieces = list(pieces)
         self.vocab_size = len(pieces) + 1
         self.bos_id, self.eos_id = bos_id, len(pieces)
+        self.adds_bos = False
         self.eos_ids = [self.eos_id]
 
     def check_fits(self, vocab_size: int) -> None:
@@ -367,3 +368,13 @@ def test_an_empty_prompt_starts_from_the_begin_or_end_token() -> None:
         result = complete(model, tokenizer, "", max_tokens=5)
         assert result.prompt_tokens == 1
         assert result.tokens == list(naive(model, [start], len(result.tokens), Sampling(), 21))
+
+
+def test_a_text_is_begun_with_bos_and_ids_are_taken_as_they_are() -> None:
+    tokenizer = Pieces([bytes([byte]) for byte in range(256)], bos_id=1)
+    assert generate.prompt_ids(tokenizer, "hi") == [*b"hi"]
+    tokenizer.adds_bos = True
+    assert generate.prompt_ids(tokenizer, "hi") == [1, *b"hi"]
+    prompts: list[str | list[int]] = ["hi", "", [*b"hi"], [1, *b"hi"]]
+    counts = [complete(says("abc"), tokenizer, prompt, max_tokens=1).prompt_tokens for prompt in prompts]
+    assert counts == [3, 1, 2, 3]

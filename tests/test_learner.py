@@ -7,21 +7,21 @@ text. Kills are in processes of their own, at moments that the lesson itself ann
 import dataclasses
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from lessons import SETTINGS, TEXT, opened, text, tiny_base, tiny_tokenizer
 
 from mlx_impl import adapters, files, learner, lora, session
 from mlx_impl.arrays import flatten
-from mlx_impl.config import ContinualLearningConfig, ModelConfig
 from mlx_impl.data import tokens_of
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, NonFiniteLossError
 from mlx_impl.learner import ContinualLearner, Lesson
@@ -31,14 +31,7 @@ from mlx_impl.readers import Document, text_document
 from mlx_impl.session import Budget
 from mlx_impl.tokenizer import Tokenizer
 
-TEXT = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-SETTINGS = ContinualLearningConfig(seq_len=32, batch_size=2)
 STEPS = Budget(steps=3)
-
-
-def text(number: int, characters: int = 1200) -> str:
-    """A piece of English, another one for each number."""
-    return TEXT[number * 10_000 : number * 10_000 + characters]
 
 
 def shuffled(words: int) -> str:
@@ -49,35 +42,17 @@ def shuffled(words: int) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train([TEXT[:60_000]], 400)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A model directory: two layers, 32 wide."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer.save(folder / "tokenizer")
-    config = ModelConfig(
-        tokenizer.vocab_size, 32, 2, 4, 2, 48, 128, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id
-    )
-    rng = np.random.default_rng(3)
-    arrays = {
-        name: np.ones(shape, np.float32)
-        if len(shape) == 1
-        else rng.standard_normal(shape, np.float32) / shape[1] ** 0.5
-        for name, shape in expected_shapes(config).items()
-    }
-    contents = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
-    return write_model_directory(folder / "model", config, arrays, contents, {"eos_token_id": tokenizer.eos_id}, {})
-
-
-def opened(base: Path, store: Path, **changes: Any) -> ContinualLearner:
-    return ContinualLearner.from_checkpoint(base, dataclasses.replace(SETTINGS, **changes), store)
+    return tiny_base(tmp_path_factory.mktemp("base"), tokenizer)
 
 
 def teach(base: Path, store: Path, number: int, domain: str = "main", budget: Budget = STEPS, **changes: Any) -> Lesson:
     """One lesson by a learner of its own, as the command line gives it."""
-    return opened(base, store, **changes).learn_from_text(text(number), domain, budget)
+    return opened(base, store, **changes).learn_from_text(text(number), domain, budget=budget)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -100,7 +75,7 @@ def test_a_lesson_learns_its_text_and_leaves_the_base_untouched(base: Path, tmp_
     weights = numbers(flatten(taught.model.parameters()))
     prompt = mx.array([taught.tokenizer.encode(text(1)[:100])])
     logits = taught.model(prompt)
-    lesson = taught.learn_from_text(text(1), "main", Budget(steps=20))
+    lesson = taught.learn_from_text(text(1), "main", budget=Budget(steps=20))
     assert lesson.after < lesson.before - 0.3
     assert (lesson.domain, lesson.version, lesson.steps, lesson.complete) == ("main", "v0001", 20, True)
     assert not mx.array_equal(taught.model(prompt), logits)
@@ -124,7 +99,8 @@ def test_the_default_adapter_is_on_all_seven_projections(base: Path, tmp_path: P
 def test_the_figures_of_a_lesson(base: Path, tmp_path: Path) -> None:
     record = teach(base, tmp_path / "s", 1).as_json()
     assert set(record) == {
-        "domain", "version", "source", "tokens", "steps", "seconds", "training_seconds", "trained_tokens",
+        "domain", "version", "source", "tokens", "steps", "seconds", "training_seconds", "replayed_tokens",
+        "trained_tokens",
         "trainable_parameters", "batch_size", "complete", "kept", "fit", "tokens_per_second",
     }  # fmt: skip
     assert record["trained_tokens"] == 3 * 2 * 32
@@ -150,7 +126,7 @@ def test_a_long_text_is_measured_on_what_was_held_out(base: Path, tmp_path: Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "Windows", Watched)
-        lesson = taught.learn_from_text(shuffled(1500), "main", Budget(steps=40))
+        lesson = taught.learn_from_text(shuffled(1500), "main", budget=Budget(steps=40))
     held = taught.store.heldout(taught.store.require("main"))
     assert held is not None
     whole = len(tokens_of([text_document(shuffled(1500), "x")], tokenizer))
@@ -199,19 +175,80 @@ def test_at_most_4096_tokens_are_held_out_and_none_on_request(base: Path, tmp_pa
     assert taught.store.heldout(taught.store.require("none-held")) is None
 
 
-def test_what_a_chat_template_adds_does_not_count_as_held_out(
+@pytest.mark.parametrize("factor", [1, 3, 8])
+def test_the_held_out_part_is_not_too_long_where_the_estimate_is_too_low(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: int
+) -> None:
+    """As where a chat template adds to the text, or a small vocabulary has few letters a token."""
+    taught = opened(base, tmp_path / "s")
+    monkeypatch.setattr(learner, "estimated_tokens", lambda text: len(text) // (4 * factor) + 1)
+    train, kept = taught._split([text_document(TEXT[:200_000], "x")])
+    assert kept is not None
+    assert 2000 < len(kept) <= 4096
+    assert len(train) + len(kept) == pytest.approx(
+        len(tokens_of([text_document(TEXT[:200_000], "x")], taught.tokenizer)), rel=0.01
+    )
+
+
+def test_bits_are_per_byte_of_what_was_predicted(base: Path, tmp_path: Path) -> None:
+    """Without BOS a text's first token is given; with it that one is predicted too, and BOS itself has no bytes."""
+    taught = opened(base, tmp_path / "s")
+    document = text_document(text(1, 300), "x")
+    first = len(taught.tokenizer.token_bytes(taught.tokenizer.encode(document.text)[0]))
+    plain = taught.evaluate([document])
+    taught.tokenizer.adds_bos = True
+    begun = taught.evaluate([document])
+    assert (plain.bytes, begun.bytes) == (300 - first, 300)
+    assert begun.tokens == plain.tokens + 1
+    lesson = taught.learn([document], budget=STEPS)
+    assert lesson.tokens == begun.tokens + 1
+
+
+def counting(taught: ContinualLearner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the texts that are encoded from now on."""
+    encode, lengths = taught.tokenizer.encode, []
+
+    def counted(text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(taught.tokenizer, "encode", counted)
+    return lengths
+
+
+def test_of_a_text_too_long_for_the_time_a_part_is_taken_from_all_over_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The split sees the text alone; of documents that come out longer, as many are kept as fit whole."""
+    """What is encoded depends on the seconds, not on the text; what is taken on the seed."""
+    monkeypatch.setattr(learner, "TOKENS_PER_SECOND_AT_MOST", 5_000)
     taught = opened(base, tmp_path / "s")
-    held = [text_document(text(number, 3000), "x") for number in (1, 2, 3, 4)]
-    monkeypatch.setattr(learner, "split_holdout", lambda *arguments: ([text_document(text(5), "x")], held))
-    _, kept = taught._split(held)
-    fitting = [tokens_of(held[:count], taught.tokenizer) for count in (1, 2, 3, 4)]
-    fitting = [tokens for tokens in fitting if len(tokens) <= 4096]
-    assert kept is not None
-    assert 1 <= len(fitting) < 4
-    np.testing.assert_array_equal(kept.ids, fitting[-1].ids)
+    lengths = counting(taught, monkeypatch)
+    whole = [text_document((TEXT * 60)[:20_000_000], "x")]
+    notes: list[str] = []
+    lesson = taught.learn(
+        whole, budget=Budget(2), report=lambda event: notes.append(event["text"]) if event["event"] == "note" else None
+    )
+    assert sum(lengths) <= 2 * 5_000 * 4
+    assert not lesson.complete
+    assert 10_000 < lesson.tokens < 40_000  # of this small vocabulary, estimated as 10,000
+    assert len(notes) == 1
+    assert re.fullmatch(
+        r"the text has about 5,\d{3},\d{3} tokens; about (9,\d{3}|10,000) of them, drawn over all of it, are what "
+        r"2 seconds can hold",
+        notes[0],
+    )
+
+
+def test_a_text_is_encoded_once_where_steps_are_counted_or_the_time_suffices(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = opened(base, tmp_path / "s")
+    lengths = counting(taught, monkeypatch)
+    whole = [text_document(TEXT[:400_000], "x")]
+    for budget in (Budget(1, steps=1), Budget(11)):
+        assert taught._affordable(whole, budget, pytest.fail) is whole
+    taught._split(whole)
+    assert sum(lengths) < 1.1 * 400_000
 
 
 def test_tokens_that_only_lead_to_others_teach_nothing() -> None:
@@ -348,12 +385,12 @@ def test_randomness_is_of_seed_domain_and_depth_alone(base: Path, tmp_path: Path
     taught = opened(base, between, lora_dropout=0.1)  # one learner for all: its state must not matter either
     for number, domain in ((1, "main"), (5, "other"), (2, "main"), (6, "other")):
         mx.random.seed(number)
-        taught.learn_from_text(text(number), domain, STEPS)
+        taught.learn_from_text(text(number), domain, budget=STEPS)
     assert {k: v for k, v in tree(between).items() if k.startswith("main")} == tree(alone)
     teach(base, alone, 1, "renamed", lora_dropout=0.1)
     teach(base, alone, 1, "seeded", lora_dropout=0.1, seed=1)
     teach(base, alone, 1, "renamed", lora_dropout=0.1)
-    weights = [digest for name, digest in tree(alone).items() if name.endswith("safetensors")]
+    weights = [digest for name, digest in tree(alone).items() if name.endswith("adapters.safetensors")]
     assert len(set(weights)) == len(weights) == 5
 
 
@@ -406,7 +443,7 @@ def test_what_earlier_lessons_kept(base: Path, tmp_path: Path) -> None:
     taught = opened(base, tmp_path / "s")
     for number in (1, 2):
         taught.learn([text_document(text(number, 12_000), "x")], "main", f"{number}.txt", Budget(steps=40))
-    taught.learn_from_text(text(3), "main", Budget(steps=5))  # too short for a held-out part
+    taught.learn_from_text(text(3), "main", budget=Budget(steps=5))  # too short for a held-out part
     lesson = taught.learn([text_document(text(4, 12_000), "x")], "main", "4.txt", Budget(steps=110))
     assert [(k["version"], k["source"]) for k in lesson.kept] == [("v0002", "2.txt"), ("v0001", "1.txt")]
     fourth = taught.store.require("main")
@@ -429,9 +466,9 @@ def test_what_earlier_lessons_kept(base: Path, tmp_path: Path) -> None:
 def test_statistics(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taught = opened(base, tmp_path / "s")
     assert taught.get_stats() == {"domains": [], "lessons": 0, "adapter_parameters": 0, "attached": None}
-    taught.learn_from_text(text(1), "b", STEPS)
-    lesson = taught.learn_from_text(text(2), "a", STEPS)
-    taught.learn_from_text(text(3), "a", STEPS)
+    taught.learn_from_text(text(1), "b", budget=STEPS)
+    lesson = taught.learn_from_text(text(2), "a", budget=STEPS)
+    taught.learn_from_text(text(3), "a", budget=STEPS)
     parameters = lesson.trainable_parameters
     assert taught.get_stats() == {
         "domains": ["a", "b"],
@@ -447,7 +484,7 @@ def test_a_learner_without_a_store_keeps_its_lessons_while_it_lives(base: Path, 
     taught = ContinualLearner(ContinualLLM.from_checkpoint(base), SETTINGS, tokenizer)
     folder = taught.store.folder
     for number, domain in ((1, "a"), (2, "b"), (3, "a")):
-        lesson = taught.learn_from_text(text(number), domain, STEPS)
+        lesson = taught.learn_from_text(text(number), domain, budget=STEPS)
     assert lesson.version == "v0002"
     said = taught.generate("The", 8, temperature=0.0)
     taught.set_adapter("b")
@@ -480,7 +517,7 @@ def test_mlx_lm_opens_the_adapter_as_it_is(base: Path, tmp_path: Path) -> None:
     import mlx_lm
 
     taught = opened(base, tmp_path / "s", learning_rate=1e-2)
-    lesson = taught.learn_from_text(text(1), "main", Budget(steps=30))
+    lesson = taught.learn_from_text(text(1), "main", budget=Budget(steps=30))
     folder = tmp_path / "s" / "main" / lesson.version
     model, their_tokenizer = mlx_lm.load(str(base), adapter_path=str(folder))
     prompt = text(1)[:60]
@@ -529,12 +566,12 @@ def test_a_lesson_that_fails_leaves_everything_as_it_was(
 ) -> None:
     taught = opened(base, tmp_path / "s", learning_rate=1e-2)
     for number, name in ((1, "other"), (2, "main")):
-        taught.learn_from_text(text(number), name, STEPS)
+        taught.learn_from_text(text(number), name, budget=STEPS)
     before = snapshot(taught)
     with pytest.raises(error):
         taught.learn([Document("x", text(3))], domain, "x", STEPS, raising(error(), when))
     assert snapshot(taught) == before
-    assert taught.learn_from_text(text(3), domain, STEPS).version == ("v0001" if domain == "new" else "v0002")
+    assert taught.learn_from_text(text(3), domain, budget=STEPS).version == ("v0001" if domain == "new" else "v0002")
 
 
 @pytest.mark.parametrize("name", ["write_safetensors", "read_adapter"])
@@ -542,7 +579,7 @@ def test_a_full_disk_or_a_forbidden_file_leaves_everything_as_it_was(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     taught = opened(base, tmp_path / "s")
-    taught.learn_from_text(text(1), "main", STEPS)
+    taught.learn_from_text(text(1), "main", budget=STEPS)
     before = snapshot(taught)
 
     def refuse(*arguments: Any) -> None:
@@ -550,7 +587,7 @@ def test_a_full_disk_or_a_forbidden_file_leaves_everything_as_it_was(
 
     monkeypatch.setattr(*((adapters.modeldir, name) if name == "write_safetensors" else (learner, name)), refuse)
     with pytest.raises(OSError, match=r"No space|denied"):
-        taught.learn_from_text(text(2), "main", STEPS)
+        taught.learn_from_text(text(2), "main", budget=STEPS)
     monkeypatch.undo()
     assert snapshot(taught) == before
 
@@ -558,11 +595,11 @@ def test_a_full_disk_or_a_forbidden_file_leaves_everything_as_it_was(
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_loss_that_explodes_is_rolled_back(base: Path, tmp_path: Path, steps: int) -> None:
     taught = opened(base, tmp_path / "s")
-    taught.learn_from_text(text(1), "main", STEPS)
+    taught.learn_from_text(text(1), "main", budget=STEPS)
     before = snapshot(taught)
     taught.config = dataclasses.replace(taught.config, learning_rate=1e30)
     with pytest.raises(NonFiniteLossError, match="nothing was kept, try a lower --lr") as raised:
-        taught.learn_from_text(text(2), "main", Budget(steps=steps))
+        taught.learn_from_text(text(2), "main", budget=Budget(steps=steps))
     assert raised.value.exit_code == 1
     assert snapshot(taught) == before
 
@@ -590,7 +627,7 @@ def test_a_damaged_adapter(base: Path, tmp_path: Path, damage: str) -> None:
     with pytest.raises(DamagedFileError, match="`minimac-mlx undo main` goes back a version"):
         taught.set_adapter("main")
     with pytest.raises(DamagedFileError):
-        taught.learn_from_text(text(3), "main", STEPS)
+        taught.learn_from_text(text(3), "main", budget=STEPS)
     assert taught.adapter is None
     assert not lora.lora_layers(taught.model)
     taught.undo()
@@ -599,7 +636,7 @@ def test_a_damaged_adapter(base: Path, tmp_path: Path, damage: str) -> None:
 
 def test_an_adapter_of_another_shape_leaves_the_bare_base(base: Path, tmp_path: Path) -> None:
     taught = opened(base, tmp_path / "s")
-    taught.learn_from_text(text(1), "main", STEPS)
+    taught.learn_from_text(text(1), "main", budget=STEPS)
     with pytest.raises(DamagedFileError, match="does not fit"):
         taught._put("main", ({"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((3, 2))}, 1.0))
     assert taught.adapter is None
@@ -674,6 +711,6 @@ def test_a_second_writer_is_told_the_pid(base: Path, tmp_path: Path) -> None:
         assert other.stdout
         assert other.stdout.readline() == "learning\n"
         with pytest.raises(LockedError, match=f"by process {other.pid};"):
-            taught.learn_from_text(text(3), "another", STEPS)
+            taught.learn_from_text(text(3), "another", budget=STEPS)
         assert snapshot(taught) == before
         other.kill()

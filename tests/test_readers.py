@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mlx_impl import readers
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.holdout import FEW_DOCUMENTS, split_holdout
+from mlx_impl.holdout import FEW_DOCUMENTS, SAMPLED_BLOCK, estimated_tokens, sample_documents, split_holdout
 from mlx_impl.readers import Document, Exchange, pieces, read_documents, text_document
 
 ENGLISH = [topics.topics[name] for name in sorted(topics.topics)]
@@ -411,3 +411,45 @@ def test_holdout_properties(texts: list[list[str]], fraction: float, most: int, 
     assert sorted(text[0] + text[1]) == sorted(text[2])
     if len(documents) >= FEW_DOCUMENTS and heldout and all(d in documents for d in heldout):
         assert not {d.text.strip() for d in train} & {d.text.strip() for d in heldout}
+
+
+# Samples of a long text
+
+
+def estimated(documents: list[Document]) -> int:
+    return sum(estimated_tokens(document.text) for document in documents)
+
+
+def test_a_sample_comes_from_all_over_a_text_in_its_order() -> None:
+    lines = [f"{number:06} " + "word " * 12 + "\n" for number in range(20_000)]
+    cut = ["".join(lines[:9_000]), "".join(lines[9_000:])]
+    documents = [Document("a", cut[0], ends=False), Document("a", cut[1])]
+    (sample,) = sample_documents(documents, 40_000, seed=0)
+    assert 38_000 < estimated([sample]) <= 40_000
+    taken = sample.text.splitlines(keepends=True)
+    assert set(taken) <= set(lines)  # whole ones
+    assert taken == sorted(taken)
+    places = [int(line[:6]) // 4_000 for line in taken]
+    assert all(100 < places.count(fifth) < 1_000 for fifth in range(5))
+    assert [sample] == sample_documents(documents, 40_000, seed=0)
+    assert [sample] == sample_documents([Document("a", "".join(lines))], 40_000, seed=0)
+    assert [sample] != sample_documents(documents, 40_000, seed=1)
+
+
+def test_conversations_are_sampled_whole() -> None:
+    chats = [Document(str(i), ({"role": "user", "content": "word " * (40 + i)},)) for i in range(200)]
+    sample = sample_documents(chats, 3_000, seed=0)
+    assert sample == sorted(sample, key=chats.index)
+    assert 2_500 < estimated(sample) <= 3_000
+    assert len(sample_documents(chats, 1, seed=0)) == 1
+    assert sample_documents(chats, 10**6, seed=0) == chats
+    assert sample_documents([], 10, seed=0) == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["line\n" * 3_000, "x" * 9_000, "a b " * 5_000, "tiny", "🙂" * 5_000]), max_size=6))
+def test_all_of_a_text_is_all_of_it(texts: list[str]) -> None:
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    assert sample_documents(documents, 10**9, seed=0) == documents
+    for document in sample_documents(documents, 2_000, seed=0):
+        assert len(document.text) <= max(SAMPLED_BLOCK, 4 * 2_000)

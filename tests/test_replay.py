@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import torch_ref.replay
+from mlx_impl.config import REPLAY_STRATEGIES
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.replay import ReplayBuffer, mix, pack, split_rows, unpack, window_id
-from mlx_impl.reservoirs import STRATEGIES, SumTree
+from mlx_impl.reservoirs import SumTree
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 4
@@ -82,7 +83,7 @@ def test_wilson_hilferty_agrees_with_tables() -> None:
         assert p_value(statistic, degrees) == pytest.approx(p, abs=4e-4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", REPLAY_STRATEGIES)
 def test_a_source_keeps_a_uniform_sample_of_all_it_ever_offered(strategy: str) -> None:
     """60 windows into a buffer of 40, then another source cuts them to 20, then 40 more come and some come again."""
     runs = 400
@@ -199,7 +200,7 @@ def test_sources_are_equal_whatever_their_size_and_so_are_their_lessons() -> Non
     assert_drawn(of["b", 3], np.ones(40))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", REPLAY_STRATEGIES)
 def test_importance_multiplies_a_lessons_odds(strategy: str) -> None:
     buffer = ReplayBuffer(LENGTH, 100, strategy, 3)
     buffer.insert(*windows(0, 20), "a", 1, 1.0)
@@ -297,7 +298,7 @@ def test_a_sum_tree_finds_what_adding_up_finds() -> None:
     assert tree.find(np.nextafter(tree.total, 0)) == len(values) - 1
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", REPLAY_STRATEGIES)
 def test_work_does_not_grow_with_the_rows(strategy: str) -> None:
     """Lines of Python run for an insert that evicts and for a sample, at 64 rows a source and at 4096."""
 
@@ -457,7 +458,7 @@ def main(folder):
 """
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", REPLAY_STRATEGIES)
 def test_a_restored_buffer_goes_on_the_same_in_another_process(strategy: str, tmp_path: Path) -> None:
     buffer = filled(strategy, 30, a=50, b=8)
     sample = buffer.sample(5)
@@ -552,7 +553,9 @@ def test_a_batch_drawn_before_an_insert_keeps_its_windows() -> None:
 class Comparison(RuleBasedStateMachine):
     """The same calls to both implementations, beside a ledger of all windows that were ever offered to a reservoir."""
 
-    @initialize(strategy=st.sampled_from(STRATEGIES), capacity=st.integers(1, 12), seed=st.integers(0, 2**63 - 1))
+    @initialize(
+        strategy=st.sampled_from(REPLAY_STRATEGIES), capacity=st.integers(1, 12), seed=st.integers(0, 2**63 - 1)
+    )
     def begin(self, strategy: str, capacity: int, seed: int) -> None:
         self.ours = ReplayBuffer(LENGTH, capacity, strategy, seed)
         self.reference = torch_ref.replay.ReplayBuffer(LENGTH, capacity, strategy, seed)
@@ -635,7 +638,7 @@ Comparison.TestCase.settings = settings(max_examples=25, stateful_step_count=25,
 TestComparison = Comparison.TestCase
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", REPLAY_STRATEGIES)
 def test_a_long_run_chooses_the_same_rows_as_the_reference(strategy: str) -> None:
     """Three hundred steps as a learner takes them, lesson after lesson, through a buffer that overflows."""
     random = np.random.default_rng(1)

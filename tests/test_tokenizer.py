@@ -22,7 +22,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mlx_impl
+from mlx_impl.data import encode_document
 from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.generate import prompt_ids
+from mlx_impl.readers import Document
 from mlx_impl.tokenizer import BPETokenizer, Tokenizer
 
 ENGLISH = "".join(topics.values())
@@ -400,6 +403,65 @@ def test_a_token_that_only_the_configuration_calls_special(byte_level: Path, tmp
     assert tokenizer.special_ids == {0, 2}
     assert tokenizer.encode("<|im_start|>") == [1]
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode("<|im_end|><|endoftext|>"))
+
+
+# The begin of a text
+
+
+def begun(kind: str) -> dict[str, Any]:
+    """A post-processor of tokenizer.json as Llama 2 (alone) and Llama 3 (in a sequence) have it; BOS is id 0."""
+    name = "<|endoftext|>"
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [0], "tokens": [name]}},
+    }
+    if kind == "end":
+        template["single"] = template["single"][::-1]  # type: ignore[index]
+    steps = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return {"type": "Sequence", "processors": [steps, template]} if kind == "sequence" else template
+
+
+def with_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["alone", "sequence", "end"])
+@pytest.mark.parametrize("base", ["byte_level", "stripping"])
+def test_bos_is_added_where_transformers_adds_it(
+    kind: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = edited(request.getfixturevalue(base), tmp_path / "x", post_processor=begun(kind))
+    name = Tokenizer.load(folder).decode([0])
+    state = (folder / "tokenizer.json").read_text(encoding="utf-8").replace('"<|endoftext|>"', json.dumps(name))
+    (folder / "tokenizer.json").write_text(state, encoding="utf-8")
+    tokenizer = Tokenizer.load(with_config(folder, bos_token=name))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.adds_bos == (kind != "end")
+    for text in ("hi", "", " two  words\n", "日本 🙂"):
+        expected = theirs.encode(text)
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+        if kind != "end":
+            assert prompt_ids(tokenizer, text) == expected
+            ids = encode_document(Document("x", text), tokenizer)[0].tolist()
+            assert ids == [*(expected if text else []), tokenizer.eos_id]
+
+
+def test_bos_is_added_where_the_configuration_asks_for_it(byte_level: Path, ours: Tokenizer, tmp_path: Path) -> None:
+    assert not ours.adds_bos
+    assert not cached(byte_level).adds_bos
+    folder = with_config(copied(byte_level, tmp_path / "x"), add_bos_token=True)
+    assert not Tokenizer.load(folder).adds_bos  # it names no BOS
+    assert Tokenizer.load(with_config(folder, bos_token="<|im_start|>")).adds_bos
+    tokenizer = Tokenizer.load(with_config(folder, bos_token="<|im_start|>"))
+    assert prompt_ids(tokenizer, "hi<|im_start|>") == [1, *tokenizer.encode("hi<|im_start|>")]
+    assert 1 not in tokenizer.encode("hi<|im_start|>")
+    assert tokenizer.encode_chat([{"role": "user", "content": "x"}]).count(1) == 2  # as its template has it
 
 
 # Chats

@@ -1,0 +1,188 @@
+"""Lesson after lesson in one domain: what replay and EWC do to the learner, and that it all depends on state on disk.
+
+Tiny models and few steps. Comparisons between methods have fixed seeds and steps, so that they come out the same each
+time.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from lessons import opened, text, tiny_base, tiny_tokenizer
+
+from mlx_impl import lora
+from mlx_impl.adapters import STATE, read_adapter, read_fisher
+from mlx_impl.learner import Lesson
+from mlx_impl.readers import text_document
+from mlx_impl.session import Budget
+from mlx_impl.store import Version
+
+PLAIN: dict[str, Any] = {"replay_ratio": 0.0, "use_ewc": False}
+STEPS = Budget(steps=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"), tiny_tokenizer())
+
+
+def teach(base: Path, store: Path, number: int, budget: Budget = STEPS, **changes: Any) -> Lesson:
+    """One lesson by a learner of its own: what it knows of the past comes from the disk."""
+    taught = opened(base, store, **changes)
+    return taught.learn_from_text(text(number), importance=1.0 + number, budget=budget)
+
+
+def left_by(base: Path, store: Path) -> dict[str, bytes]:
+    """Everything that the head of `main` left, but figures of time: arrays, Fisher, replay membership and windows."""
+    lessons = opened(base, store).store
+    head = lessons.require("main")
+    folder = lessons.files_of(head)
+    replay = lessons.replay(head)
+    assert replay is not None
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    windows = b"".join(id + replay.windows[id].tobytes() for id in sorted(replay.windows))
+    counters = repr(sorted(replay.counters.items())).encode()
+    return {**kept, "ids": replay.ids.tobytes(), "windows": windows, "counters": counters}
+
+
+def test_half_of_each_batch_is_replayed_from_the_second_lesson_on(base: Path, tmp_path: Path) -> None:
+    first = teach(base, tmp_path, 0)
+    second = teach(base, tmp_path, 1)
+    assert first.replayed_tokens == 0
+    assert first.trained_tokens == 4 * 2 * 32
+    # A window a step each; the last one of a text counts only what no other one does.
+    assert 3 * 32 < second.trained_tokens <= 4 * 32
+    assert 3 * 32 < second.replayed_tokens <= 4 * 32
+    assert teach(base, tmp_path, 2, replay_ratio=0.0).replayed_tokens == 0
+
+
+def test_the_buffer_holds_what_was_trained_on_and_says_whose_it_is(base: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        teach(base, tmp_path, number)
+    lessons = opened(base, tmp_path).store
+    replay = lessons.replay(lessons.require("main"))
+    assert replay is not None
+    by_lesson = {number: (source, importance, rows) for source, number, importance, rows in replay.counters["lessons"]}
+    assert {number: kept[:2] for number, kept in by_lesson.items()} == {n + 1: ("text", 1.0 + n) for n in range(3)}
+    assert by_lesson[1][2] == 8  # windows of its four steps, two each
+    assert by_lesson[2][2] == by_lesson[3][2] == 4
+    assert sorted(replay.windows) == sorted(bytes(id) for id in replay.ids)
+
+
+def test_a_fisher_comes_with_the_second_lesson_and_accumulates(base: Path, tmp_path: Path) -> None:
+    fishers = []
+    for number in range(3):
+        teach(base, tmp_path, number)
+        lessons = opened(base, tmp_path).store
+        folder = lessons.files_of(lessons.require("main"))
+        fishers.append(read_fisher(folder, read_adapter(folder)[0]))
+    assert fishers[0] is None
+    assert fishers[1] is not None
+    assert fishers[2] is not None
+    assert all((array >= 0).all().item() for array in fishers[1].values())
+    assert any((array > 0).any().item() for array in fishers[1].values())
+    floor = {name: 0.95 * array for name, array in fishers[1].items()}  # what decay leaves of it is in the next
+    assert all((fishers[2][name] >= floor[name] - 1e-12).all().item() for name in floor)
+
+
+def test_without_both_a_lesson_goes_on_as_any_fine_tuning_would(base: Path, tmp_path: Path) -> None:
+    """Off means off, to the bit: strength 0 and no EWC, ratio 0 and an empty past are the same."""
+    runs: list[dict[str, Any]] = [PLAIN, {"replay_ratio": 0.0, "ewc_lambda": 0.0}]
+    outcomes = []
+    for index, changes in enumerate(runs):
+        for number in range(2):
+            teach(base, tmp_path / str(index), number, **changes)
+        outcomes.append(left_by(base, tmp_path / str(index)))
+    assert outcomes[0]["adapters.safetensors"] == outcomes[1]["adapters.safetensors"]
+    assert STATE not in outcomes[0]
+    teach(base, tmp_path / "with", 0)
+    teach(base, tmp_path / "with", 1)
+    assert left_by(base, tmp_path / "with")["adapters.safetensors"] != outcomes[0]["adapters.safetensors"]
+
+
+def test_a_strong_anchor_holds(base: Path, tmp_path: Path) -> None:
+    """The stronger EWC, the nearer the adapter stays to the version before, measured by the Fisher's own distance."""
+    distances = []
+    for strength in (0.0, 1e2, 1e4):
+        store = tmp_path / str(strength)
+        teach(base, store, 0, Budget(steps=20), ewc_lambda=strength)
+        before, _ = read_adapter(opened(base, store).store.files_of(head(base, store)))
+        teach(base, store, 1, Budget(steps=20), ewc_lambda=max(strength, 1e-9), replay_ratio=0.0)
+        folder = opened(base, store).store.files_of(head(base, store))
+        after, _ = read_adapter(folder)
+        fisher = read_fisher(folder, after)
+        assert fisher is not None
+        distances.append(sum((fisher[n] * (after[n] - before[n]).square()).sum().item() for n in after))
+    assert distances[2] < 0.5 * distances[0]
+    assert distances[1] < distances[0]
+
+
+def head(base: Path, store: Path) -> Version:
+    return opened(base, store).store.require("main")
+
+
+def test_replay_keeps_an_earlier_lesson(base: Path, tmp_path: Path) -> None:
+    """After the same steps on a second text, the first one's own windows cost less where they were replayed."""
+    losses = []
+    for changes in ({**PLAIN}, {**PLAIN, "replay_ratio": 0.5}):
+        store = tmp_path / str(changes["replay_ratio"])
+        long = Budget(steps=60)
+        teach(base, store, 0, long, learning_rate=5e-3, **changes)
+        teach(base, store, 1, long, learning_rate=5e-3, **changes)
+        taught = opened(base, store)
+        taught.set_adapter("main")
+        losses.append(taught.evaluate([text_document(text(0), "x")]).loss)
+    assert losses[1] < losses[0] - 0.1
+
+
+def test_learn_undo_learn_is_learning_once(base: Path, tmp_path: Path) -> None:
+    """Undo takes the buffer, the Fisher and the counters back with the adapter."""
+    teach(base, tmp_path / "once", 0)
+    teach(base, tmp_path / "once", 1)
+    teach(base, tmp_path / "twice", 0)
+    teach(base, tmp_path / "twice", 2)
+    opened(base, tmp_path / "twice").undo()
+    teach(base, tmp_path / "twice", 1)
+    assert left_by(base, tmp_path / "once") == left_by(base, tmp_path / "twice")
+
+
+def test_other_domains_do_not_enter(base: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        teach(base, tmp_path / "alone", number)
+        opened(base, tmp_path / "beside").learn_from_text(text(5 + number), "other", budget=STEPS)
+        teach(base, tmp_path / "beside", number)
+    assert left_by(base, tmp_path / "alone") == left_by(base, tmp_path / "beside")
+
+
+@pytest.mark.parametrize("strategy", ["importance", "reservoir"])
+def test_other_strategies_run_from_lesson_to_lesson(base: Path, tmp_path: Path, strategy: str) -> None:
+    for number in range(3):
+        lesson = teach(base, tmp_path, number, replay_strategy=strategy)
+    assert lesson.replayed_tokens > 0
+    replay = opened(base, tmp_path).store.replay(head(base, tmp_path))
+    assert replay is not None
+    assert (len(np.unique(replay.priorities)) > 2) == (strategy == "importance")  # refreshed only where they are used
+
+
+def test_a_batch_of_one_row_still_learns_the_new_text(base: Path, tmp_path: Path) -> None:
+    teach(base, tmp_path, 0, batch_size=1)
+    lesson = teach(base, tmp_path, 1, batch_size=1)
+    assert 3 * 32 < lesson.trained_tokens <= 4 * 32
+    assert 3 * 32 < lesson.replayed_tokens <= 4 * 32
+
+
+def test_the_same_text_again_is_replayed_but_not_stored_twice(base: Path, tmp_path: Path) -> None:
+    many = Budget(steps=40)  # all windows of the text, several times
+    teach(base, tmp_path, 0, many)
+    before = opened(base, tmp_path).store.replay(head(base, tmp_path))
+    taught = opened(base, tmp_path)
+    lesson = taught.learn_from_text(text(0), importance=1.0, budget=many)
+    after = taught.store.replay(head(base, tmp_path))
+    assert before is not None
+    assert after is not None
+    assert lesson.replayed_tokens > 0
+    assert sorted(before.windows) == sorted(after.windows)
+    assert lora.num_parameters(lora.adapter_arrays(taught.model)) == lesson.trainable_parameters
+    assert mx.isfinite(mx.array(lesson.after)).item()
