@@ -181,7 +181,7 @@ def generate(
       minimac-mlx generate "The patient" --domain medical
     """
     from mlx_impl.console import Reporter, context_text
-    from mlx_impl.generate import Sampling, complete
+    from mlx_impl.generate import Sampling, complete, prompt_ids
     from mlx_impl.learner import ContinualLearner
 
     settings = Sampling(**sampling)
@@ -189,7 +189,7 @@ def generate(
     learner = ContinualLearner.from_checkpoint(_model(model), store=store)
     used = learner.choose(domain)
     tokenizer = learner.tokenizer
-    ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt_ids(tokenizer, prompt)
     context = learner.model.config.max_seq_len
     if len(ids) + max_tokens > context:
         Reporter(quiet).say(context_text(len(ids), max_tokens, context))

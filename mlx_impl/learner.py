@@ -180,6 +180,14 @@ class ContinualLearner:
             self.set_adapter(domain if head else None)
         return head
 
+    def forget(self, domain: str) -> list[Version]:
+        """Erase a domain: its versions, held-out text and replay windows, without a trace. Returns what it had."""
+        with self.store.writing():
+            erased = self.store.forget(domain)
+        if self.adapter == domain:
+            self.set_adapter(None)
+        return erased
+
     def get_stats(self) -> dict[str, Any]:
         """Domains, lessons that they stand on, weights of one adapter as attached (0: none) and the attached domain."""
         return {

@@ -22,7 +22,6 @@ import numpy as np
 from mlx_impl import files, modeldir
 from mlx_impl.database import Database
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.tokenizer import Tokenizer
 
 _COLUMNS = "domain, number, parent, depth, source, created, config, figures, files"
 _DATABASE = "learner.sqlite"
@@ -434,7 +433,7 @@ def _drop_unused_windows(db: sqlite3.Connection, domain: str) -> None:
 
 def open_store(model: Path, folder: Path | None = None) -> Store:
     """The lessons of a model directory, kept in `folder` or in the directory's `learner`."""
-    return Store(folder or model / "learner", modeldir.identity(model), Tokenizer.load(model).digest)
+    return Store(folder or model / "learner", modeldir.identity(model), files.sha256(model / "tokenizer.json"))
 
 
 def version_name(number: int) -> str:

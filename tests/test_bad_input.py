@@ -352,7 +352,6 @@ ALIASES = "\n".join(f"  x{n}: &x{n} [{', '.join([f'*x{n - 1}' if n else 'x'] * 9
     [
         ("", "the mappings `model:` and `train:` were expected"),
         ("- 1\n- 2", "the mappings `model:` and `train:` were expected"),
-        ("model:", "the mappings `model:` and `train:` were expected"),
         ("modle: {}", "modle (unknown); known keys are model, train"),
         ("1: {}", "1 (unknown)"),
         ("model:\n\td_model: 32", "no valid YAML: while scanning"),

@@ -22,7 +22,7 @@ import pytest
 
 from mlx_impl import checkpoint, modeldir, recipe, train
 from mlx_impl.arrays import flatten
-from mlx_impl.config import ModelConfig, TrainConfig
+from mlx_impl.config import PRESETS, ModelConfig, TrainConfig
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, NonFiniteLossError
 from mlx_impl.model import ContinualLLM
 from mlx_impl.plots import plot_losses
@@ -188,7 +188,6 @@ def test_the_result_is_a_model_directory(tmp_path: Path, request_for: Callable[.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     recipe.start(request_for(tmp_path / "run", steps=4, eval_every=4), silent)
-    recipe.draw(tmp_path / "run")
     modeldir.verify_manifest(tmp_path / "run")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     ids = AutoTokenizer.from_pretrained(tmp_path / "run").encode("The assert statement")
@@ -311,6 +310,54 @@ def test_nothing_is_written_for_bad_input(tmp_path: Path, request_for: Callable[
     assert not out.exists()
 
 
+def test_a_run_whose_model_has_learned_is_not_resumed(
+    tmp_path: Path, request_for: Callable[..., recipe.Request]
+) -> None:
+    """The lessons belong to these weights."""
+    run = tmp_path / "run"
+    recipe.start(request_for(run, steps=1), silent)
+    (run / "learner").mkdir()
+    (run / "learner" / "learner.sqlite").touch()
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds lessons"):
+        recipe.resume(run, {"steps": 3}, silent)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_directory_taken_meanwhile_is_left_alone(
+    tmp_path: Path, request_for: Callable[..., recipe.Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look at the directory and the lock, another process may have trained into it."""
+    real = recipe._data
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(recipe, "_data", real)
+        recipe.start(request_for(tmp_path / "run", steps=2), silent)
+        return real(*arguments)
+
+    monkeypatch.setattr(recipe, "_data", slow)
+    with pytest.raises(InputError, match="holds a training run"):
+        recipe.start(request_for(tmp_path / "run"), silent)
+    assert weights(tmp_path / "run")
+    modeldir.verify_manifest(tmp_path / "run")
+
+
+def test_a_heldout_loss_that_explodes_names_the_step(
+    tmp_path: Path, request_for: Callable[..., recipe.Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Measured:
+        accuracy, tokens, loss = 0.0, 1, math.nan
+
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: Measured())
+    with pytest.raises(NonFiniteLossError, match="step 3: the held-out loss is nan; the state of step 2 is kept"):
+        recipe.start(request_for(tmp_path / "run"), silent)
+
+
+def test_steps_take_the_place_of_minutes(tmp_path: Path, request_for: Callable[..., recipe.Request]) -> None:
+    recipe.start(request_for(tmp_path / "run", steps=None, minutes=1e-6), silent)
+    assert recipe.resume(tmp_path / "run", {"steps": 4}, silent).step == 4
+
+
 def test_resume_refuses_other_settings_and_damaged_states(
     tmp_path: Path, request_for: Callable[..., recipe.Request]
 ) -> None:
@@ -341,6 +388,8 @@ def test_changed_text_is_refused(tmp_path: Path, request_for: Callable[..., reci
 
 def test_yaml_configurations(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
+    path.write_text("model:\ntrain: {lr: 0.001}\n")
+    assert recipe.read_config(str(path)) == (PRESETS["medium"], {"lr": 0.001})
     path.write_text("model: {preset: small, num_layers: 3}\ntrain: {lr: 0.001, steps: 7}\n")
     model, settings = recipe.read_config(str(path))
     assert (model.num_layers, model.d_model, settings) == (3, 512, {"lr": 0.001, "steps": 7})
