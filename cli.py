@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_impl.config import LOSS_ON, PRESETS, ContinualLearningConfig, TrainConfig, help_of
+from mlx_impl.config import LOSS_ON, PRESETS, Budget, ContinualLearningConfig, TrainConfig, help_of
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
 from mlx_impl.shell import FOLDER, common, emit, given, printable, run, setting, show_version, write
 
@@ -67,9 +67,9 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
 @click.option("--text", help="text to learn, instead of files")
 @click.option("--domain", default="main", show_default=True, help="what the lesson belongs to")
 @click.option("--source", help="what list calls the lesson  [default: the file's name]")
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="wall time, measuring included")
-@click.option("--steps", type=int, help="optimizer steps, instead of a time")
-@click.option("--epochs", type=float, default=1.0, show_default=True, help="passes over the text")
+@setting(Budget, "seconds")
+@setting(Budget, "steps", kind=int)
+@setting(Budget, "epochs")
 @setting(ContinualLearningConfig, "learning_rate", "--lr")
 @setting(ContinualLearningConfig, "lora_r", "--rank", click.IntRange(1))
 @setting(ContinualLearningConfig, "batch_size")
@@ -87,9 +87,9 @@ def learn(
     text: str | None,
     domain: str,
     source: str | None,
-    seconds: float,
+    seconds: float | None,
     steps: int | None,
-    epochs: float,
+    epochs: float | None,
     no_replay: bool,
     no_ewc: bool,
     importance: float,
@@ -112,7 +112,6 @@ def learn(
     """
     from mlx_impl.console import Reporter, lesson_text
     from mlx_impl.learner import ContinualLearner
-    from mlx_impl.session import Budget
 
     for off, name in ((no_replay, "replay_ratio"), (no_ewc, "ewc_lambda")):
         if off:
@@ -120,7 +119,7 @@ def learn(
     if options["lora_r"] is not None:
         options["lora_alpha"] = 2.0 * options["lora_r"]  # the scale stays what the learning rate was chosen for
     config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
-    budget = Budget(seconds, epochs, steps)
+    budget = Budget(**given(seconds=seconds, epochs=epochs, steps=steps))
     with Reporter(quiet) as reporter:
         documents, label = _documents(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(_model(model), config, store)

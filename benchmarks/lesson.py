@@ -13,9 +13,9 @@ from pydoc_data import topics
 
 from benchmarks.common import record
 from mlx_impl import readers
+from mlx_impl.config import Budget
 from mlx_impl.hub import default_model
 from mlx_impl.learner import ContinualLearner
-from mlx_impl.session import Budget
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ load_with_mlx()
 
 _PUBLIC = {
     "BPETokenizer": "tokenizer",
+    "Budget": "config",
     "ContinualLLM": "model",
     "ContinualLearner": "learner",
     "ContinualLearningConfig": "config",
@@ -25,6 +26,7 @@ _PUBLIC = {
 __all__ = [
     "PRESETS",
     "BPETokenizer",
+    "Budget",
     "ContinualLLM",
     "ContinualLearner",
     "ContinualLearningConfig",

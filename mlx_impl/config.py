@@ -410,3 +410,18 @@ class ContinualLearningConfig:
         wrong += _wrong_seed(self.seed)
         if wrong:
             raise InputError("learning configuration: " + "; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a lesson ends: after `steps`; without them after `epochs` or `seconds` of wall time, whichever is first."""
+
+    seconds: float = option(60.0, "wall time, measuring included")
+    epochs: float = option(1.0, "passes over the text")
+    steps: int | None = option(None, "optimizer steps, instead of a time")
+
+    def __post_init__(self) -> None:
+        """InputError for what is no positive number."""
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"--{name} {value} must be a positive number")

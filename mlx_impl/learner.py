@@ -12,28 +12,26 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_impl import data, generate, lora
-from mlx_impl.adapters import read_adapter, read_fisher, write_adapter, write_fisher
-from mlx_impl.config import ContinualLearningConfig
+from mlx_impl.adapters import read_adapter, write_adapter, write_fisher
+from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
 from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring, evaluate
-from mlx_impl.ewc import consolidate, ewc_penalty, fisher_diagonal, logits_of
 from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
 from mlx_impl.model import ContinualLLM
+from mlx_impl.past import Past, recall
 from mlx_impl.readers import Document, text_document
-from mlx_impl.replay import ReplayBuffer, unpack
 from mlx_impl.reservoirs import check_importance
-from mlx_impl.session import Budget, Past, Session
-from mlx_impl.store import HeldOut, Replay, Store, Version, check_domain, open_store
+from mlx_impl.session import Session
+from mlx_impl.store import HeldOut, Store, Version, check_domain, open_store
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import evaluation_windows
 
@@ -49,9 +47,6 @@ MEASURING_SHARE = 0.08
 
 MEASURED_TOKENS = 0.3
 """Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
-
-FISHER_SHARE = 0.05
-"""Share of the time that estimating the Fisher may take."""
 
 KEPT_TOKENS = 512
 """Tokens of each earlier lesson's held-out part on which the domain's forgetting is measured."""
@@ -267,13 +262,8 @@ class ContinualLearner:
         _check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        buffer = self._buffer(parent, seed)
-        past = Past(buffer, depth + 1, source, importance)
-        fisher = None
-        if parent is not None and self.config.use_ewc and self.config.ewc_lambda > 0:
-            fisher = self._fisher(parent, buffer, depth, mx.random.key(seed), budget)
-        if fisher is not None:
-            past.penalty = _penalty(lora.adapter_arrays(self.model), fisher, self.config.ewc_lambda)
+        past = recall(self.store, parent, self.model, self.config, seed, budget)
+        past.source, past.importance = source, importance
         end = started + budget.seconds
         session = Session(
             self.model, self.config, train, past, seed % 2**32, budget, end - measuring.seconds, measuring.speed
@@ -307,10 +297,10 @@ class ContinualLearner:
 
         def write(folder: Path) -> None:
             write_adapter(folder, arrays, shape, self.model)
-            if fisher is not None:
-                write_fisher(folder, fisher)
+            if past.fisher is not None:
+                write_fisher(folder, past.fisher)
 
-        lesson.version = self._commit(lesson, parent, write, heldout, buffer).name
+        lesson.version = self._commit(lesson, parent, write, heldout, past).name
         lesson.seconds = time.perf_counter() - started
         self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
@@ -328,42 +318,6 @@ class ContinualLearner:
             shape = replace(shape, rank=rank, alpha=scale * rank)
         self.model.train(False)
         return shape
-
-    def _buffer(self, parent: Version | None, seed: int) -> ReplayBuffer:
-        """The domain's windows as its head left them; an empty buffer, from `seed`, before the first lesson."""
-        c = self.config
-        recorded = self.store.replay(parent) if parent is not None else None
-        if recorded is None:
-            return ReplayBuffer(c.seq_len, c.replay_buffer_size, c.replay_strategy, seed)
-        state = {"counters": recorded.counters, "ids": recorded.ids, "priorities": recorded.priorities}
-        length = max(c.seq_len, recorded.counters["length"])
-        buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, length)
-        buffer.resize(c.replay_buffer_size)
-        return buffer
-
-    def _fisher(
-        self, parent: Version, buffer: ReplayBuffer, lesson: int, key: mx.array, budget: Budget
-    ) -> lora.Arrays | None:
-        """The Fisher that holds the adapter back: that of lesson `lesson`, the last one, added to its forerunners'.
-
-        It is estimated here, on the last lesson's replayed windows, so that a single lesson never pays for it; at most
-        `FISHER_SHARE` of the time goes into it. None where no window was kept.
-        """
-        before = read_fisher(self.store.files_of(parent), lora.adapter_arrays(self.model))
-        until = math.inf if budget.steps is not None else time.perf_counter() + FISHER_SHARE * budget.seconds
-        rows = list(islice(buffer.rows(lesson), self.config.ewc_fisher_samples))
-
-        def windows() -> Iterator[tuple[mx.array, mx.array]]:
-            for count, row in enumerate(rows):
-                if count and time.perf_counter() > until:
-                    return
-                tokens, mask = unpack(row.window)
-                yield mx.array(tokens)[None], mx.array(mask)[None]
-
-        if not rows:  # all of the last lesson was known from those before it
-            return before
-        latest = fisher_diagonal(logits_of(self.model), self.model.trainable_parameters(), windows(), key)
-        return consolidate(before, latest, self.config.ewc_gamma)
 
     def _measure(
         self, measuring: Measuring, probe: data.Tokens, history: list[Version], tokens: int, budget: Budget
@@ -442,12 +396,11 @@ class ContinualLearner:
         parent: Version | None,
         write: Callable[[Path], None],
         heldout: data.Tokens | None,
-        buffer: ReplayBuffer,
+        past: Past,
     ) -> Version:
         kept = None
         if heldout is not None:
             kept = HeldOut(heldout.ids, heldout.trained, heldout.n_documents, heldout.n_bytes)
-        depth = parent.depth + 1 if parent else 1
         figures = {k: v for k, v in lesson.as_json().items() if k not in ("version", "domain", "source")}
         return self.store.commit(
             lesson.domain,
@@ -457,7 +410,7 @@ class ContinualLearner:
             config=asdict(self.config),
             figures=figures,
             heldout=kept,
-            replay=Replay(**buffer.membership(), windows={row.id: row.window for row in buffer.rows(depth)}),
+            replay=past.record(),
         )
 
     # -- using ---------------------------------------------------------------------------------------------------
@@ -482,11 +435,6 @@ class ContinualLearner:
         """The text that follows `prompt` under the attached domain; `sampling` as in `generate.Sampling`."""
         settings = generate.Sampling(**sampling)
         return generate.complete(self.model, self.tokenizer, prompt, max_length, settings).text
-
-
-def _penalty(anchor: lora.Arrays, fisher: lora.Arrays, strength: float) -> Callable[[Any], mx.array]:
-    """The adapter's distance from `anchor`, in nats per token, as a function of its parameters."""
-    return lambda parameters: ewc_penalty(parameters, anchor, fisher, strength)
 
 
 def _teaches(tokens: data.Tokens) -> bool:

@@ -7,21 +7,20 @@ learning-rate schedule follows. Where the time suffices for all that was asked, 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_impl.arrays import Tree
 from mlx_impl.base import BaseModel
-from mlx_impl.config import ContinualLearningConfig
+from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens
-from mlx_impl.errors import InputError, NonFiniteLossError
+from mlx_impl.errors import NonFiniteLossError
 from mlx_impl.loss import loss_of, window_losses
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
-from mlx_impl.replay import ReplayBuffer, Sample, mix, split_rows
+from mlx_impl.past import Past
+from mlx_impl.replay import Sample, mix, split_rows
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
@@ -31,35 +30,6 @@ STEPS_WANTED = 16
 
 BACKWARD = 3
 """A step's time in forward passes."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a lesson ends: after `steps`; without them after `epochs` or `seconds` of wall time, whichever is first."""
-
-    seconds: float = 60.0
-    epochs: float = 1.0
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"--{name} {value} must be a positive number")
-
-
-@dataclass
-class Past:
-    """What a domain brings into a lesson: the buffer, which takes up the lesson's windows too, and what holds it back.
-
-    `lesson` numbers the one that begins, `source` and `importance` are its own. `penalty` is None where there is
-    nothing to be held near.
-    """
-
-    buffer: ReplayBuffer
-    lesson: int
-    source: str
-    importance: float = 1.0
-    penalty: Callable[[Tree], mx.array] | None = None
 
 
 class Session:

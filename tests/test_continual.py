@@ -14,9 +14,9 @@ from lessons import opened, text, tiny_base, tiny_tokenizer
 
 from mlx_impl import lora
 from mlx_impl.adapters import STATE, read_adapter, read_fisher
+from mlx_impl.config import Budget
 from mlx_impl.learner import Lesson
 from mlx_impl.readers import text_document
-from mlx_impl.session import Budget
 from mlx_impl.store import Version
 
 PLAIN: dict[str, Any] = {"replay_ratio": 0.0, "use_ewc": False}

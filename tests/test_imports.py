@@ -51,6 +51,7 @@ ORDER = [
     "generate",
     "train",
     "recipe",
+    "past",
     "session",
     "learner",
     "demo",

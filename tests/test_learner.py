@@ -22,13 +22,13 @@ from lessons import SETTINGS, TEXT, opened, text, tiny_base, tiny_tokenizer
 
 from mlx_impl import adapters, files, learner, lora, session
 from mlx_impl.arrays import flatten
+from mlx_impl.config import Budget
 from mlx_impl.data import tokens_of
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, NonFiniteLossError
 from mlx_impl.learner import ContinualLearner, Lesson
 from mlx_impl.model import ContinualLLM
 from mlx_impl.modeldir import expected_shapes, write_model_directory
 from mlx_impl.readers import Document, text_document
-from mlx_impl.session import Budget
 from mlx_impl.tokenizer import Tokenizer
 
 STEPS = Budget(steps=3)

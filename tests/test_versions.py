@@ -20,9 +20,9 @@ from test_store import HELD, Failing, commit, forget, nothing, opened, prune, st
 
 from mlx_impl import database, files, lora, store
 from mlx_impl.adapters import read_adapter
+from mlx_impl.config import Budget
 from mlx_impl.errors import InputError, LockedError
 from mlx_impl.learner import ContinualLearner
-from mlx_impl.session import Budget
 from mlx_impl.store import HeldOut
 from mlx_impl.verify import verify
 
