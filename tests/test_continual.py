@@ -15,6 +15,7 @@ from lessons import opened, text, tiny_base, tiny_tokenizer
 from mlx_impl import lora
 from mlx_impl.adapters import STATE, read_adapter, read_fisher
 from mlx_impl.config import Budget
+from mlx_impl.errors import DamagedFileError
 from mlx_impl.learner import Lesson
 from mlx_impl.readers import text_document
 from mlx_impl.store import Version
@@ -186,3 +187,54 @@ def test_the_same_text_again_is_replayed_but_not_stored_twice(base: Path, tmp_pa
     assert sorted(before.windows) == sorted(after.windows)
     assert lora.num_parameters(lora.adapter_arrays(taught.model)) == lesson.trainable_parameters
     assert mx.isfinite(mx.array(lesson.after)).item()
+
+
+def windows_on_disk(store: Path, tokens: list[bytes]) -> int:
+    """How many of some windows, as they are stored, stand in the database's bytes."""
+    content = (store / "learner.sqlite").read_bytes()
+    return sum(window in content for window in tokens)
+
+
+def stored(base: Path, store: Path, domain: str) -> list[bytes]:
+    lessons = opened(base, store).store
+    replay = lessons.replay(lessons.require(domain))
+    assert replay is not None
+    return [window.astype("<i4").tobytes() for window in replay.windows.values()]
+
+
+def test_forget_erases_what_would_have_been_replayed(base: Path, tmp_path: Path) -> None:
+    for number, domain in enumerate(("a", "b", "a")):
+        opened(base, tmp_path).learn_from_text(text(number), domain, budget=STEPS)
+    erased, kept = stored(base, tmp_path, "b"), stored(base, tmp_path, "a")
+    assert windows_on_disk(tmp_path, erased) == len(erased) > 0
+    opened(base, tmp_path).forget("b")
+    assert windows_on_disk(tmp_path, erased) == 0
+    assert windows_on_disk(tmp_path, kept) == len(kept)
+    with opened(base, tmp_path).store.database.connected() as db:
+        assert db.execute("SELECT DISTINCT domain FROM windows").fetchall() == [("a",)]
+
+
+def test_prune_drops_the_windows_that_only_pruned_versions_had(base: Path, tmp_path: Path) -> None:
+    """A lesson that was undone leaves its windows to undo --to, and none to anybody once it is pruned."""
+    teach(base, tmp_path, 0)
+    teach(base, tmp_path, 1)
+    undone = stored(base, tmp_path, "main")
+    opened(base, tmp_path).undo()
+    remaining = stored(base, tmp_path, "main")
+    only = [window for window in undone if window not in remaining]
+    assert windows_on_disk(tmp_path, only) == len(only) > 0
+    lessons = opened(base, tmp_path).store
+    with lessons.writing():
+        lessons.prune(1)
+    assert windows_on_disk(tmp_path, only) == 0
+    assert windows_on_disk(tmp_path, remaining) == len(remaining)
+    assert teach(base, tmp_path, 1).replayed_tokens > 0
+
+
+def test_a_damaged_buffer_is_refused_with_advice(base: Path, tmp_path: Path) -> None:
+    teach(base, tmp_path, 0)
+    with opened(base, tmp_path).store.database.connected() as db, db:
+        db.execute("DELETE FROM windows WHERE id = (SELECT min(id) FROM windows)")
+    with pytest.raises(DamagedFileError, match="replay buffer of main v0001"):
+        teach(base, tmp_path, 1)
+    assert head(base, tmp_path).name == "v0001"
