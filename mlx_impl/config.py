@@ -140,12 +140,6 @@ class ModelConfig:
         assert self.head_dim is not None
         return self.head_dim
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """All ids that end a text; empty if there is none."""
-        eos = self.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
     def num_parameters(self) -> int:
         """Number of weights, tied ones counted once."""
         q, kv = self.num_query_heads * self.head_width, self.num_kv_heads * self.head_width

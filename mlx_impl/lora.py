@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_impl.arrays import Arrays, flatten
+from mlx_impl.arrays import Arrays
 from mlx_impl.base import BaseModel, linear_paths
 from mlx_impl.config import LORA_TARGETS
 from mlx_impl.errors import DamagedFileError, InputError
@@ -167,8 +167,3 @@ def _misfits(path: str, module: Any, arrays: Mapping[str, mx.array]) -> list[str
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (width_in, width_out) or a.shape[1] != b.shape[0]:
         return [f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} on a layer {width_in} -> {width_out}"]
     return []
-
-
-def trainable_arrays(model: BaseModel) -> Arrays:
-    """The weights that training would change, as a flat mapping."""
-    return flatten(model.trainable_parameters())

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_impl import lora
 from mlx_impl.adapters import read_adapter, write_adapter
+from mlx_impl.arrays import flatten
 from mlx_impl.config import LORA_TARGETS, PRESETS
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.lora import LoRAConfig
@@ -63,7 +64,7 @@ def test_training_moves_the_adapter_and_leaves_the_base_bit_identical() -> None:
     model = base()
     lora.attach(model, LORA, mx.random.key(0))
     before, fresh = logits(model), from_mlx(lora.adapter_arrays(model))
-    assert sorted(lora.trainable_arrays(model)) == sorted(fresh)
+    assert sorted(flatten(model.trainable_parameters())) == sorted(fresh)
     train(model)
     assert np.abs(logits(model) - before).max() > 0.1
     trained = from_mlx(lora.adapter_arrays(model))
@@ -123,7 +124,7 @@ def test_fused_equals_attached_and_fusing_again_changes_nothing() -> None:
     assert_close("logits", fused, attached, atol=1e-5)
     lora.fuse(model)
     assert np.array_equal(logits(model), fused)
-    assert lora.trainable_arrays(model) == {}
+    assert flatten(model.trainable_parameters()) == {}
     original = weights(CONFIG)
     assert all(np.array_equal(np.array(before[name]), original[name]) for name in original), "fusing wrote to the base"
 
@@ -227,7 +228,7 @@ def test_only_the_named_targets_are_adapted() -> None:
     assert paths == [
         f"model.layers.{i}.{name}" for i in range(CONFIG.num_layers) for name in ("mlp.down_proj", "self_attn.q_proj")
     ]
-    assert {name.rpartition(".")[0] for name in lora.trainable_arrays(model)} == set(paths)
+    assert {name.rpartition(".")[0] for name in flatten(model.trainable_parameters())} == set(paths)
 
 
 # -- mlx-lm --------------------------------------------------------------------------

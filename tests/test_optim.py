@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import torch_ref.optim
 from mlx_impl import lora
+from mlx_impl.arrays import flatten
 from mlx_impl.optim import AdamW, can_compile, clip_by_global_norm, warmup_cosine
 from mlx_impl.train import train_steps
 
@@ -176,7 +177,7 @@ def trained(batches: Batches, adapted: bool, compiled: bool) -> tuple[list[float
         lora.attach_arrays(model, to_mlx(adapter(CONFIG, rank=2)), scale=2.0)
     rates = [3e-4] * len(batches)
     losses = train_steps(model, batches, rates, max_grad_norm=0.5, compiled=compiled)
-    return losses, from_mlx(lora.trainable_arrays(model))
+    return losses, from_mlx(flatten(model.trainable_parameters()))
 
 
 def step_batches(number: int) -> list[tuple[mx.array, mx.array]]:
