@@ -96,6 +96,17 @@ def test_yaml_blocks_are_configurations(tmp_path: Path) -> None:
     assert (model.num_layers, train) == (8, {"lr": 0.0005, "steps": 2000})
 
 
+def test_lesson_figures_are_those_of_the_file() -> None:
+    lesson = json.loads((ROOT / "benchmarks" / "results" / "lesson.json").read_text(encoding="utf-8"))
+    held = lesson["heldout"]
+    told = " ".join(README.split())
+    assert (
+        f"{held['before']:.3f} -> {held['after']:.3f} nats per token after {lesson['trained_tokens']:,} tokens" in told
+    )
+    assert f"at {lesson['tokens_per_second']:.0f} tokens a second" in told
+    assert f"{lesson['share_outside_steps']:.0%}".replace("%", " %") + " of the time outside optimizer steps" in told
+
+
 def test_parity_figures_are_those_of_the_file() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text(encoding="utf-8"))
     for name, figures in result["against"].items():
