@@ -262,7 +262,8 @@ class ContinualLearner:
         _check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        past = recall(self.store, parent, self.model, self.config, seed, budget)
+        length = min(self.config.seq_len, len(train) - 1)
+        past = recall(self.store, parent, self.model, self.config, seed, budget, length)
         past.source, past.importance = source, importance
         end = started + budget.seconds
         session = Session(

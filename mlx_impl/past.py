@@ -54,12 +54,14 @@ def recall(
     config: ContinualLearningConfig,
     seed: int,
     budget: Budget,
+    length: int,
 ) -> Past:
     """The past that the lesson after `parent` has; the parent's adapter is attached to the model, in evaluation mode.
 
-    `seed` is the lesson's. Raises DamagedFileError where what was stored is not what was written.
+    `seed` is the lesson's, `length` that of its windows in targets: short lessons are not padded to long ones that the
+    domain never had. Raises DamagedFileError where what was stored is not what was written.
     """
-    past = Past(_buffer(store, parent, config, seed), parent.depth + 1 if parent else 1)
+    past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
     if parent is not None and config.use_ewc and config.ewc_lambda > 0:
         anchor = lora.adapter_arrays(model)
         before = read_fisher(store.files_of(parent), anchor)
@@ -69,14 +71,16 @@ def recall(
     return past
 
 
-def _buffer(store: Store, parent: Version | None, config: ContinualLearningConfig, seed: int) -> ReplayBuffer:
+def _buffer(
+    store: Store, parent: Version | None, config: ContinualLearningConfig, seed: int, length: int
+) -> ReplayBuffer:
     """The domain's windows as its head left them; an empty buffer, from `seed`, before the first lesson."""
     recorded = store.replay(parent) if parent is not None else None
     if recorded is None:
-        return ReplayBuffer(config.seq_len, config.replay_buffer_size, config.replay_strategy, seed)
+        return ReplayBuffer(length, config.replay_buffer_size, config.replay_strategy, seed)
     state = {"counters": recorded.counters, "ids": recorded.ids, "priorities": recorded.priorities}
-    length = max(config.seq_len, recorded.counters["length"])
-    buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, length)
+    longest = max(length, recorded.counters["length"])
+    buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, longest)
     buffer.resize(config.replay_buffer_size)
     return buffer
 

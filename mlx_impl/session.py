@@ -63,8 +63,7 @@ class Session:
         self.rows = max(1, min(config.batch_size, int(enough)))
         if budget.steps is not None:
             self.rows = config.batch_size
-        if not self.ratio:
-            self.rows = min(self.rows, len(windows))
+        self.rows = min(self.rows, max(1, math.ceil(len(windows) / fresh)))  # no new window twice in a batch
         self.batches = Batches(windows, self.rows, seed)
         new_rows = sum(split_rows(self.rows, self.ratio, step)[0] for step in range(1000)) / 1000
         self.planned = budget.steps or max(1, math.ceil(budget.epochs * len(windows) / (new_rows * accumulated)))

@@ -238,3 +238,15 @@ def test_a_damaged_buffer_is_refused_with_advice(base: Path, tmp_path: Path) -> 
     with pytest.raises(DamagedFileError, match="replay buffer of main v0001"):
         teach(base, tmp_path, 1)
     assert head(base, tmp_path).name == "v0001"
+
+
+def test_short_lessons_are_not_padded_to_long_windows(base: Path, tmp_path: Path) -> None:
+    """A sentence costs a sentence, also when it is replayed; batches hold no new window twice."""
+    words = "The cat sat on the mat."
+    for expected in ((1, 0), (2, 1)):
+        taught = opened(base, tmp_path, batch_size=4)
+        lesson = taught.learn_from_text(words, budget=Budget(steps=1))
+        replay = taught.store.replay(head(base, tmp_path))
+        assert replay is not None
+        assert replay.counters["length"] == lesson.tokens - 1 < 32
+        assert (lesson.batch_size, lesson.replayed_tokens // (lesson.tokens - 1)) == expected
