@@ -38,7 +38,7 @@ class KVCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
 
-class RotatingKVCache:
+class RotatingKVCache(KVCache):
     """Keeps the first `keep` tokens and the latest `window - keep`; memory is bounded, so is the attention's reach.
 
     The first tokens stay because attention without them collapses (Xiao et al. 2023, "attention sinks").
@@ -51,10 +51,8 @@ class RotatingKVCache:
                 f"window = {window} must be larger than keep = {keep}, the first tokens, which always stay; "
                 f"--window {keep + 1} is the least"
             )
+        super().__init__()
         self.window, self.keep = window, keep
-        self.offset = 0
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
         self._oldest = keep  # row that the next single token overwrites, once the window is full
 
     def mask(self, length: int) -> Mask:
@@ -75,12 +73,7 @@ class RotatingKVCache:
             return self._overwrite(keys, values)
         end = self.offset + length
         if end <= self.window:
-            self._keys = _room(self._keys, keys, self.offset, end)
-            self._values = _room(self._values, values, self.offset, end)
-            self._keys[:, :, self.offset : end] = keys
-            self._values[:, :, self.offset : end] = values
-            self.offset = end
-            return self._keys[:, :, :end], self._values[:, :, :end]
+            return super().update(keys, values)
         held = min(self.offset, self.window)
         if self._keys is not None and self._values is not None:
             keys = mx.concatenate([self._in_order(self._keys[:, :, :held]), keys], axis=2)
@@ -119,7 +112,8 @@ class RotatingKVCache:
         return mx.concatenate([rows[:, :, : self.keep], rows[:, :, latest:]], axis=2)
 
 
-Cache = KVCache | RotatingKVCache
+Cache = KVCache
+"""Either of the two."""
 
 
 def visible(rows: mx.array, columns: mx.array, window: int, keep: int) -> mx.array:
