@@ -1,7 +1,7 @@
 """What everything else asks of a base model, and how its linear layers are found by name.
 
-`BaseModel` is a structural type: our `ContinualLLM` has it by construction. LoRA, training, evaluation and
-generation see a model only through it, so that another architecture needs an adapter here and nothing elsewhere.
+`BaseModel` is a structural type: our `ContinualLLM` has it by construction. LoRA, the steps of a lesson, the Fisher and
+generation see a model only through it. Pretraining and the learner still take our own class, for its configuration.
 """
 
 from collections.abc import Sequence

@@ -100,7 +100,8 @@ class Session:
         self.seconds = time.perf_counter() - started
 
     def _one(self, report: Callable[[Event], None]) -> None:
-        new = [self._new_rows() for _ in range(self.config.gradient_accumulation_steps)]
+        accumulated = self.config.gradient_accumulation_steps
+        new = [self._new_rows(self.step * accumulated + number) for number in range(accumulated)]
         mixed = [mix(tokens, mask, self.past.buffer, count, self.past.lesson) for tokens, mask, count in new]
         warmup = max(1, round(self.config.warmup * self.total))
         rate = warmup_cosine(self.step, self.total, warmup, self.config.learning_rate)
@@ -118,10 +119,9 @@ class Session:
         figures = {"loss": loss, "lr": rate, "tokens": self.tokens, "replayed": self.replayed}
         report({"event": "step", "step": self.step, "steps": self.total, **figures})
 
-    def _new_rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32], int]:
-        """Windows of the lesson's own text for one microbatch, and how many earlier ones are to go with them."""
-        index = self.step * self.config.gradient_accumulation_steps
-        count, replayed = split_rows(self.rows, self.ratio, index)
+    def _new_rows(self, microbatch: int) -> tuple[NDArray[np.int32], NDArray[np.float32], int]:
+        """Windows of the lesson's own text for a microbatch, and how many earlier ones go with them."""
+        count, replayed = split_rows(self.rows, self.ratio, microbatch)
         tokens, mask = self.batches.take(min(count, len(self.batches.windows)))
         return tokens, mask, replayed
 

@@ -174,6 +174,15 @@ def test_a_batch_of_one_row_still_learns_the_new_text(base: Path, tmp_path: Path
     assert 3 * 32 < lesson.replayed_tokens <= 4 * 32
 
 
+def test_odd_batches_alternate_over_microbatches_too(base: Path, tmp_path: Path) -> None:
+    """Three rows, half replayed: one and two by turns, whether a step has one microbatch or two."""
+    odd = {"batch_size": 3, "gradient_accumulation_steps": 2}
+    teach(base, tmp_path, 0, **odd)
+    lesson = teach(base, tmp_path, 1, **odd)
+    assert 10 * 32 < lesson.replayed_tokens <= 12 * 32  # of 4 * 2 * 3 rows
+    assert 10 * 32 < lesson.trained_tokens <= 12 * 32
+
+
 def test_the_same_text_again_is_replayed_but_not_stored_twice(base: Path, tmp_path: Path) -> None:
     many = Budget(steps=40)  # all windows of the text, several times
     teach(base, tmp_path, 0, many)
