@@ -129,8 +129,10 @@ class Session:
         """Note what the replayed windows of a batch cost now, for the next draws: one more forward pass over them."""
         self.model.update(self.stepper.parameters)
         rows = len(sample.rows)
-        losses = window_losses(self.model, sample.tokens[-rows:], sample.mask[-rows:])
-        self.past.buffer.update_priorities(sample.rows, np.array(losses))
+        self.model.train(False)  # a window's loss, not what dropout makes of it
+        losses = np.array(window_losses(self.model, sample.tokens[-rows:], sample.mask[-rows:]))
+        self.model.train()
+        self.past.buffer.update_priorities(sample.rows, losses)
 
     def _time_left(self, started: float) -> bool:
         """Whether another step fits; brings the plan, and with it the schedule, in line with the speed so far."""
