@@ -25,6 +25,10 @@ class BaseModel(Protocol):
     def vocab_size(self) -> int:
         """Number of logits."""
 
+    @property
+    def head_weight(self) -> mx.array | None:
+        """(V, D) where the logits are the product of hidden states and this matrix, else None."""
+
     def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Logits (B, T, V) of tokens (B, T), after those in the cache."""
 

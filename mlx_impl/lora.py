@@ -65,8 +65,10 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out) in x's dtype; the low-rank product is computed in float32."""
-        low_rank = (self.dropout(x) @ self.lora_a) @ self.lora_b  # float32, because lora_a is
-        return self.linear(x) + (self._scale * low_rank).astype(x.dtype)
+        thin = self.dropout(x) @ self.lora_a  # float32, because lora_a is
+        if x.dtype == mx.float32:
+            return mx.addmm(self.linear(x), thin, self.lora_b, alpha=self._scale)
+        return self.linear(x) + (self._scale * (thin @ self.lora_b)).astype(x.dtype)
 
     def fuse(self) -> nn.Linear:
         """A new linear layer with the product added to a copy of the weights; the sum is taken in float32."""

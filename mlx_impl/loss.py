@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlx_impl import kernels
 from mlx_impl.base import BaseModel
 
 
@@ -16,7 +17,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Negative log-likelihood in nats of targets (...) under logits (..., V); float32, shape (...)."""
     logits = logits.astype(mx.float32)
     chosen = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    return mx.logsumexp(logits, axis=-1) - chosen
+    return kernels.logsumexp(logits) - chosen
 
 
 def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
@@ -24,9 +25,11 @@ def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple
 
     Returns the sum in nats and the sum of the mask, both scalar float32.
     """
-    logits = model(tokens[:, :-1])  # (B, T, V)
-    losses = cross_entropy(logits, tokens[:, 1:]) * mask  # (B, T)
-    return losses.sum(), mask.sum()
+    if model.head_weight is None:
+        losses = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * mask  # (B, T)
+        return losses.sum(), mask.sum()
+    hidden = model.hidden(tokens[:, :-1])  # (B, T, D)
+    return kernels.summed_cross_entropy(hidden, model.head_weight, tokens[:, 1:], mask), mask.sum()
 
 
 def window_losses(model: BaseModel, tokens: mx.array, mask: mx.array) -> mx.array:

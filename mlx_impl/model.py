@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl import modeldir
+from mlx_impl import kernels, modeldir
 from mlx_impl.arrays import flatten, load, unflatten
 from mlx_impl.cache import Cache, KVCache, Mask, RotatingKVCache
 from mlx_impl.config import ModelConfig
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         q, k = self._rope(q, offset=offset), self._rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, d)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
+        out = kernels.attention(q, k, v, self._scale, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -93,7 +93,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -154,6 +154,13 @@ class ContinualLLM(nn.Module):
     def vocab_size(self) -> int:
         """Rows of the embedding table; a tokenizer may have fewer ids."""
         return self._config.vocab_size
+
+    @property
+    def head_weight(self) -> mx.array | None:
+        """(V, D), of which the logits are the product with the hidden states; None where they are more than that."""
+        if self._config.tie_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight if isinstance(self.lm_head, nn.Linear) else None
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations (Chen et al. 2016)."""

@@ -8,11 +8,13 @@ the number of tokens once, at the end, so that accumulation over unequal batches
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers
 from mlx.utils import tree_map
 
+from mlx_impl import kernels
 from mlx_impl.arrays import Tree, flatten
 
 Loss = Callable[[Tree, mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -101,10 +103,11 @@ class Stepper:
         gradient_of = mx.value_and_grad(loss)
 
         def accumulate(parameters: Tree, total: Tree, tokens: mx.array, mask: mx.array) -> tuple:
-            (loss_sum, count), gradients = gradient_of(parameters, tokens, mask)
-            gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
-            if total is not None:
-                gradients = tree_map(mx.add, total, gradients)
+            loss_sum, count, gradients = mx.array(0.0), mx.array(0.0), total
+            for (loss, n), more in kernels.in_parallel(partial(gradient_of, parameters), tokens, mask):
+                loss_sum, count = loss_sum + loss, count + n
+                more = tree_map(lambda g: g.astype(mx.float32), more)
+                gradients = more if gradients is None else tree_map(mx.add, gradients, more)
             return loss_sum, count, gradients
 
         def apply(parameters: Tree, state: Tree, gradients: Tree, count: mx.array) -> tuple:
