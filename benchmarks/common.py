@@ -12,12 +12,12 @@ from mlx_impl import device, files
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, figures: dict[str, Any]) -> Path:
-    """Write `results/NAME.json` and print it; returns its path."""
+def record(name: str, figures: dict[str, Any], module: str | None = None) -> Path:
+    """Write `results/NAME.json` and print it; returns its path. `module` measured it, where it has another name."""
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{module or name}", *sys.argv[1:]]),
         "commit": commit(),
         "machine": device.describe(),
         **figures,

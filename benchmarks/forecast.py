@@ -20,9 +20,10 @@ import mlx.core as mx
 from benchmarks.common import record
 from mlx_impl.config import PRESETS
 from mlx_impl.loss import loss_of
+from mlx_impl.memory import pretraining_bytes
 from mlx_impl.model import ContinualLLM
 from mlx_impl.optim import AdamW, Stepper
-from mlx_impl.recipe import predicted_memory, predicted_step_seconds
+from mlx_impl.recipe import predicted_step_seconds
 
 CASES = (("tiny", 2000, 8, 128), ("small", 8000, 4, 256), ("medium", 8000, 2, 256))
 """Preset, vocabulary, rows, tokens a row."""
@@ -52,7 +53,7 @@ def measure(preset: str, vocabulary: int, rows: int, length: int, compiled: bool
         stepper.step([(tokens, mx.ones((rows, length)))], 1e-3)
         mx.eval(stepper.parameters)
         seconds.append(time.perf_counter() - started)
-    median, memory = statistics.median(seconds[2:]), predicted_memory(config, rows, length, False, False)
+    median, memory = statistics.median(seconds[2:]), pretraining_bytes(config, rows, length, False, False)
     return {
         "model": preset,
         "vocabulary": vocabulary,

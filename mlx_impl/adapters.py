@@ -14,6 +14,10 @@ from mlx_impl.errors import DamagedFileError
 from mlx_impl.files import read_json
 
 STATE = "state.safetensors"
+ROUTER = "router."
+
+Statistics = dict[str, np.ndarray]
+"""What the router keeps of a domain's texts, by name; see `router`."""
 
 
 def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, model: BaseModel) -> None:
@@ -34,20 +38,37 @@ def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, mod
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_fisher(folder: Path, fisher: lora.Arrays) -> None:
-    """`state.safetensors` beside an adapter: the accumulated Fisher under the adapter's names, nats^2 per token."""
-    shapes = {name: array.shape for name, array in fisher.items()}
-    modeldir.write_safetensors(folder / STATE, shapes, ((name, np.array(array)) for name, array in fisher.items()))
+def write_state(folder: Path, fisher: lora.Arrays | None, statistics: Statistics) -> None:
+    """`state.safetensors` beside an adapter, float32: what the domain's next lesson and the router need of this one.
+
+    The accumulated Fisher (nats^2 per token) has the adapter's names, the router's statistics have `router.` before.
+    """
+    arrays = {name: np.array(array) for name, array in (fisher or {}).items()}
+    arrays |= {ROUTER + name: array for name, array in statistics.items()}
+    modeldir.write_safetensors(folder / STATE, {name: array.shape for name, array in arrays.items()}, arrays)
 
 
 def read_fisher(folder: Path, adapter: lora.Arrays) -> lora.Arrays | None:
     """The Fisher that lies beside an adapter, None if there is none; DamagedFileError if it is another adapter's."""
-    if not (folder / STATE).is_file():
+    path = folder / STATE
+    if not path.is_file():
         return None
-    modeldir.validate_safetensors(folder / STATE, {name: tuple(array.shape) for name, array in adapter.items()})
-    arrays = load(folder / STATE)
+    found = {n: i.shape for n, i in modeldir.validate_safetensors(path).items() if not n.startswith(ROUTER)}
+    if not found:
+        return None
+    modeldir.check_shapes(found, {name: tuple(array.shape) for name, array in adapter.items()}, str(path))
+    arrays = {name: array for name, array in load(path).items() if name in found}
     mx.eval(arrays)
     return arrays
+
+
+def read_statistics(folder: Path) -> Statistics | None:
+    """The router's statistics that lie beside an adapter, None if there are none; DamagedFileError if unreadable."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    found = {n: info for n, info in modeldir.validate_safetensors(path).items() if n.startswith(ROUTER)}
+    return {name.removeprefix(ROUTER): array for name, array in modeldir.read_tensors(found)} or None
 
 
 def read_adapter(folder: Path) -> tuple[lora.Arrays, float]:

@@ -37,6 +37,15 @@ class KVCache:
         self.offset = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be forgotten again."""
+        return True
+
+    def trim(self, count: int) -> int:
+        """Forget the latest `count` tokens; their rows will be written over. Returns the count (as mlx-lm's do)."""
+        self.offset -= count
+        return count
+
 
 class RotatingKVCache(KVCache):
     """Keeps the first `keep` tokens and the latest `window - keep`; memory is bounded, so is the attention's reach.
@@ -54,6 +63,10 @@ class RotatingKVCache(KVCache):
         super().__init__()
         self.window, self.keep = window, keep
         self._oldest = keep  # row that the next single token overwrites, once the window is full
+
+    def is_trimmable(self) -> bool:
+        """Only while no token has been pushed out."""
+        return self.offset <= self.window
 
     def mask(self, length: int) -> Mask:
         """None for one new token: whatever is still cached may be seen. Else a mask (T, S), or "causal"."""

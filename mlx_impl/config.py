@@ -364,6 +364,10 @@ class ContinualLearningConfig:
     ewc_lambda: float = option(1.0, "how strongly; 1 weighs it like as many tokens of the earlier lessons")
     ewc_gamma: float = option(0.95, "what is left of the Fisher of the lessons before, at each lesson")
     ewc_fisher_samples: int = option(8, "windows of the last lesson that its Fisher is estimated from, at most")
+    base_ratio: float = option(0.05, "rows of text like the base's own, as a share of the batch that they are added to")
+    distill_weight: float = option(
+        0.0, "how strongly rows that are not new are held to the frozen base's predictions; 1 weighs it like the loss"
+    )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm")
     weight_decay: float = option(0.0, "decoupled weight decay")
     loss_on: str = option(
@@ -384,14 +388,15 @@ class ContinualLearningConfig:
         for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
             if not _is_positive(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
-        for name in ("lora_dropout", "holdout", "replay_ratio"):
+        for name in ("lora_dropout", "holdout", "replay_ratio", "base_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be at least 0 and below 1")
         for name in ("warmup", "weight_decay", "ewc_gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
-        if not 0 <= self.ewc_lambda < math.inf:
-            wrong.append(f"ewc_lambda = {self.ewc_lambda!r} must be 0 or a positive number")
+        for name in ("ewc_lambda", "distill_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                wrong.append(f"{name} = {getattr(self, name)!r} must be 0 or a positive number")
         if self.replay_strategy not in REPLAY_STRATEGIES:
             wrong.append(f"replay_strategy = {self.replay_strategy!r} must be one of {', '.join(REPLAY_STRATEGIES)}")
         targets = self.lora_target_modules

@@ -85,7 +85,8 @@ class Database:
 
     def __init__(self, path: Path, base: str, tokenizer: str) -> None:
         self.path = path
-        self._base = (base, tokenizer)
+        self.owner = (base, tokenizer)
+        """Digests of the base model and the tokenizer that the lessons belong to."""
 
     def exists(self) -> bool:
         """Whether there is one."""
@@ -95,7 +96,7 @@ class Database:
         """Make an empty database of this base and tokenizer; it has its name only when it is whole."""
         with atomic_file(self.path) as temporary, self.connected(temporary) as db:
             db.executescript(TABLES)
-            db.execute("INSERT INTO base VALUES (?, ?)", self._base)
+            db.execute("INSERT INTO base VALUES (?, ?)", self.owner)
             db.execute(f"PRAGMA user_version = {SCHEMA}")
             db.commit()
 
@@ -175,7 +176,7 @@ class Database:
             )
         if recorded is None:
             raise self.damaged("no database of lessons")
-        for what, old, new in zip(("base model", "tokenizer"), recorded, self._base, strict=True):
+        for what, old, new in zip(("base model", "tokenizer"), recorded, self.owner, strict=True):
             if old != new:
                 raise InputError(
                     f"{self.path.parent}: these lessons belong to another {what} (sha256 {old:.12}, this one is "

@@ -7,6 +7,7 @@ are never sampled: a model may have more rows than its tokenizer has tokens.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -122,16 +123,19 @@ def decode(
     sampling: Sampling,
     vocab_size: int | None = None,
     window: int | None = None,
+    cache: Sequence[Any] | None = None,
 ) -> Iterator[int]:
     """The decoder with a cache: the prompt in chunks, then a token a step. Same tokens as `naive`.
 
-    `window` bounds the cache to that many tokens (see RotatingKVCache). The next step is enqueued before the last
-    token is read, unless the penalty needs to know it.
+    `window` bounds the cache to that many tokens (see RotatingKVCache). A `cache` that is given holds a beginning of
+    the prompt already, all but its last token at most. The next step is enqueued before the last token is read, unless
+    the penalty needs to know it.
     """
     if max_tokens < 1:
         return
-    cache = model.make_cache(window)
-    for start in range(0, len(prompt) - 1, PREFILL):
+    held = cache[0].offset if cache is not None else 0
+    cache = model.make_cache(window) if cache is None else cache
+    for start in range(held, len(prompt) - 1, PREFILL):
         chunk = mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]])
         mx.eval(model.hidden(chunk, cache))
     seen = list(prompt)
@@ -153,6 +157,21 @@ def decode(
         if produced == max_tokens:
             return
         token = step(mx.array(value), len(prompt) + produced) if penalty else following
+
+
+def sampled_rows(
+    model: BaseModel, start: int, rows: int, tokens: int, key: mx.array, vocab_size: int | None = None
+) -> list[list[int]]:
+    """`rows` texts of `tokens` tokens that follow the token `start`, drawn at temperature 1, side by side."""
+    cache = model.make_cache()
+    last, drawn = mx.full((rows,), start, mx.int32), []
+    for step_key in mx.random.split(key, tokens):
+        logits = model(last[:, None], cache)[:, -1, :vocab_size]  # (rows, V)
+        last = mx.random.categorical(logits.astype(mx.float32), key=step_key)
+        mx.async_eval(last)
+        drawn.append(last)
+    columns: list[list[int]] = mx.stack(drawn, axis=1).tolist()  # type: ignore[assignment]
+    return columns
 
 
 @dataclass
@@ -192,10 +211,12 @@ def complete(
     stop: Sequence[str] = (),
     window: int | None = None,
     on_text: Callable[[str], None] = lambda text: None,
+    cache: Sequence[Any] | None = None,
 ) -> Completion:
     """Continue a prompt (text, or ids such as a chat's) until an end token, a stop string or `max_tokens`.
 
-    A text becomes `prompt_ids`, ids are taken as they are.
+    A text becomes `prompt_ids`, ids are taken as they are. `cache` may hold a beginning of them (see `decode`);
+    afterwards its offset says how many tokens of prompt and answer it holds.
     `on_text` receives the text as it becomes certain: whole characters, nothing of a stop string. Raises
     InputError for an empty prompt where the tokenizer has no token to start from, and for a tokenizer that has
     more ids than the model has rows.
@@ -215,7 +236,7 @@ def complete(
     result = Completion(prompt_tokens=len(ids))
     text = _Text(tokenizer, stop, on_text)
     started = time.perf_counter()
-    for token in decode(model, ids, max_tokens, sampling or Sampling(), tokenizer.vocab_size, window):
+    for token in decode(model, ids, max_tokens, sampling or Sampling(), tokenizer.vocab_size, window, cache):
         if not result.tokens:
             result.prompt_seconds = time.perf_counter() - started
             started = time.perf_counter()

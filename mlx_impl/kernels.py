@@ -162,16 +162,53 @@ def summed_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array, 
     return _summed_loss(flat, weight, targets.reshape(-1), mask.reshape(-1))[0]
 
 
-def in_parallel(function: Callable[..., tuple], tokens: mx.array, mask: mx.array) -> list[tuple]:
-    """`function(tokens, mask)` of parts of a batch (B, ...), on a CPU of two halves on streams of their own."""
-    if not on_cpu() or len(tokens) < STREAMS:
-        return [function(tokens, mask)]
-    size = math.ceil(len(tokens) / STREAMS)
+@_custom
+def _summed_divergence(
+    hidden: mx.array, teacher: mx.array, weight: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array]:
+    """(sum of masked divergences, its gradient by hidden (N, D)), chunk after chunk as in `_summed_loss`."""
+    total = mx.array(0.0)
+    by_hidden = []
+    for start in range(0, len(hidden), ROWS):
+        counts = mask[start : start + ROWS, None]
+        ours, theirs = ((states[start : start + ROWS] @ weight.T).astype(mx.float32) for states in (hidden, teacher))
+        ours, theirs = (logits - logsumexp(logits)[:, None] for logits in (ours, theirs))  # log-probabilities (rows, V)
+        wanted = _exp(theirs)
+        total = total + (wanted * (theirs - ours) * counts).sum()
+        slope = ((_exp(ours) - wanted) * counts).astype(weight.dtype)
+        by_hidden.append(slope @ weight)
+    return total, mx.concatenate(by_hidden)
+
+
+@_summed_divergence.vjp
+def _summed_divergence_vjp(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+) -> tuple[mx.array, ...]:
+    hidden, *others = primals
+    return (cotangents[0] * outputs[1]).astype(hidden.dtype), *(mx.zeros_like(other) for other in others)
+
+
+def summed_divergence(hidden: mx.array, teacher: mx.array, weight: mx.array, mask: mx.array) -> mx.array:
+    """Sum over positions of mask * KL(p_teacher || p), nats, scalar float32 (Hinton et al. 2015, temperature 1).
+
+    hidden and teacher (..., D) are final hidden states, weight (V, D) the head of both, mask (...). Differentiable by
+    hidden alone: teacher and head are taken as frozen.
+    """
+    width = hidden.shape[-1]
+    return _summed_divergence(hidden.reshape(-1, width), teacher.reshape(-1, width), weight, mask.reshape(-1))[0]
+
+
+def in_parallel(function: Callable[..., tuple], *arrays: mx.array) -> list[tuple]:
+    """`function` of parts of a batch, arrays (B, ...); on a CPU of two halves on streams of their own."""
+    rows = len(arrays[0])
+    if not on_cpu() or rows < STREAMS:
+        return [function(*arrays)]
+    size = math.ceil(rows / STREAMS)
     results = []
     for number, stream in enumerate(_streams()):
         part = slice(number * size, (number + 1) * size)
         with mx.stream(stream):
-            results.append(function(tokens[part], mask[part]))
+            results.append(function(*(array[part] for array in arrays)))
     return results
 
 

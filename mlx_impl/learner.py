@@ -20,16 +20,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_impl import data, generate, lora
-from mlx_impl.adapters import read_adapter, write_adapter, write_fisher
+from mlx_impl.adapters import read_adapter, read_statistics, write_adapter, write_state
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
 from mlx_impl.errors import InputError, NonFiniteLossError
-from mlx_impl.evaluate import Evaluation, Measuring, evaluate
+from mlx_impl.evaluate import Evaluation, Measuring, evaluate, total
 from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
+from mlx_impl.memory import lesson_bytes
 from mlx_impl.model import ContinualLLM
 from mlx_impl.past import Past, recall
 from mlx_impl.readers import Document, text_document
 from mlx_impl.reservoirs import check_importance
+from mlx_impl.router import DOCUMENT_PREFIX, Router, Routing, count_tokens
 from mlx_impl.session import Session
 from mlx_impl.store import HeldOut, Store, Version, check_domain, open_store
 from mlx_impl.tokenizer import Tokenizer
@@ -123,6 +125,7 @@ class ContinualLearner:
         self.adapter: str | None = None
         """The attached domain; None is the bare base."""
         self._attached: Adapter | None = None
+        self._router = Router(base_model, tokenizer, store)
         use_device(self.config.device)
 
     @classmethod
@@ -160,12 +163,25 @@ class ContinualLearner:
         self.model.train(False)
         self.adapter, self._attached = domain, adapter
 
-    def choose(self, domain: str | None = None) -> str | None:
-        """Attach what a person means: a domain by name, "none" for the bare base, None for main if it has lessons."""
-        if domain is None:
-            domain = "main" if "main" in self.store.domains() else "none"
-        self.set_adapter(None if domain == "none" else domain)
+    def choose(self, domain: str | None = None, prompt: Sequence[int] | None = None) -> str | None:
+        """Attach what a person means: a domain by name, "none" for the bare base, "auto" or None what `route` says.
+
+        `prompt` are the token ids to route by; without any it is the base. Returns the domain, None for the base.
+        """
+        if domain in (None, "auto"):
+            self.set_adapter(self.route(prompt if prompt is not None else ()).domain)
+        else:
+            self.set_adapter(None if domain == "none" else domain)
         return self.adapter
+
+    def route(self, prompt: Sequence[int]) -> Routing:
+        """Which domain a prompt belongs to, by its first token ids; what is attached stays attached. See `router`."""
+        before = self.adapter, self._attached
+        try:
+            self._put(None, None)
+            return self._router.route(prompt)
+        finally:
+            self._put(*before)
 
     def undo(self, domain: str = "main", to: int | None = None) -> Version | None:
         """Take the last lesson of a domain back, or go to version `to`; of a first lesson, remove the domain."""
@@ -197,6 +213,23 @@ class ContinualLearner:
         for name, value in self.get_stats().items():
             print(f"{name.replace('_', ' ')}: {', '.join(value) if isinstance(value, list) else value}")
 
+    def save_checkpoint(self, path: str | Path) -> Path:
+        """Copy all that was learned to a folder that is not there yet; returns it. The base is not part of it."""
+        return self.store.copy_to(Path(path).expanduser())
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Go on with what `save_checkpoint` wrote; lessons are then added to that folder.
+
+        InputError where it belongs to another base or tokenizer, or is not there. The bare base is attached.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
+        store = self.store.beside(folder)
+        self.set_adapter(None)
+        self.store = store
+        self._router = Router(self.model, self.tokenizer, store)
+
     # -- learning ------------------------------------------------------------------------------------------------
 
     def learn_from_text(
@@ -204,6 +237,13 @@ class ContinualLearner:
     ) -> Lesson:
         """Teach a text; see `learn`."""
         return self.learn([text_document(text, "text")], domain, "text", budget, importance=importance)
+
+    def learn_from_batch(
+        self, texts: Sequence[str], domain: str = "main", importance: float = 1.0, budget: Budget | None = None
+    ) -> Lesson:
+        """Teach several texts in one lesson; see `learn`."""
+        documents = [text_document(text, f"text {number}") for number, text in enumerate(texts, 1)]
+        return self.learn(documents, domain, "batch", budget, importance=importance)
 
     def learn(
         self,
@@ -213,12 +253,14 @@ class ContinualLearner:
         budget: Budget | None = None,
         report: Callable[[Event], None] = lambda event: None,
         importance: float = 1.0,
+        like_base: Sequence[Document] = (),
     ) -> Lesson:
         """Teach documents to a domain: at least one optimizer step on them, then a new version of it.
 
         From the second lesson on, `replay_ratio` of each batch comes from the domain's earlier lessons, and elastic
         weight consolidation holds the adapter near the version before. `importance` is how often this lesson's
-        windows will be replayed, relative to other lessons'.
+        windows will be replayed, relative to other lessons'. `like_base` are documents of the kind that the base was
+        trained on (see `sampled_from_base`): `base_ratio` of them is added to each batch, to keep what the base can do.
 
         Raises InputError for a text with nothing to predict, NonFiniteLossError when the loss explodes. Whatever
         is raised, also KeyboardInterrupt, the domain is as before.
@@ -230,7 +272,9 @@ class ContinualLearner:
         before = self.adapter, self._attached
         try:
             with self.store.writing():
-                return self._lesson(list(documents), domain, source, importance, budget or Budget(), started, report)
+                return self._lesson(
+                    list(documents), domain, source, importance, budget or Budget(), started, report, like_base
+                )
         except BaseException:
             self._put(*before)
             raise
@@ -244,6 +288,7 @@ class ContinualLearner:
         budget: Budget,
         started: float,
         report: Callable[[Event], None],
+        like_base: Sequence[Document],
     ) -> Lesson:
         taken = self._affordable(documents, budget, report)
         train, heldout = self._split(taken)
@@ -255,7 +300,14 @@ class ContinualLearner:
         shape = self._attach(parent, mx.random.key(seed))
         if shape.rank != self.config.lora_r:
             report({"event": "note", "text": f"{domain} keeps its rank of {shape.rank}"})
-        report({"event": "begin", "tokens": len(train), "heldout": len(heldout) if heldout is not None else 0})
+        report(
+            {
+                "event": "begin",
+                "tokens": len(train),
+                "heldout": len(heldout) if heldout is not None else 0,
+                "predicted_memory": self._predicted_memory(len(train)),
+            }
+        )
 
         measuring = Measuring(self.model, self.config.seq_len)
         first, earlier = self._measure(measuring, probe, history, len(train), budget)
@@ -266,8 +318,10 @@ class ContinualLearner:
         past = recall(self.store, parent, self.model, self.config, seed, budget, length)
         past.source, past.importance = source, importance
         end = started + budget.seconds
+        general = data.tokens_of(like_base, self.tokenizer) if like_base else None
+        deadline = end - measuring.seconds
         session = Session(
-            self.model, self.config, train, past, seed % 2**32, budget, end - measuring.seconds, measuring.speed
+            self.model, self.config, train, past, seed % 2**32, budget, deadline, measuring.speed, general
         )
         session.run(report)
 
@@ -296,15 +350,22 @@ class ContinualLearner:
             kept=[_kept(version, *pair) for version, pair in zip(earlier, rest, strict=False)],
         )
 
+        earlier_tokens = read_statistics(self.store.files_of(parent)) if parent else None
+
         def write(folder: Path) -> None:
             write_adapter(folder, arrays, shape, self.model)
-            if past.fisher is not None:
-                write_fisher(folder, past.fisher)
+            write_state(folder, past.fisher, count_tokens(train.ids, earlier_tokens))
 
         lesson.version = self._commit(lesson, parent, write, heldout, past).name
         lesson.seconds = time.perf_counter() - started
         self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
+
+    def _predicted_memory(self, tokens: int) -> int:
+        """Bytes at the peak of the lesson's steps, if the time allows whole batches."""
+        c = self.config
+        adapter = lora.num_parameters(lora.adapter_arrays(self.model))
+        return lesson_bytes(self.model.config, adapter, c.batch_size, min(c.seq_len, tokens - 1))
 
     def _attach(self, parent: Version | None, key: mx.array) -> lora.LoRAConfig:
         """Attach the adapter as the lesson begins, a fresh one or its parent's; a domain keeps the shape it has."""
@@ -431,6 +492,61 @@ class ContinualLearner:
             measured, "on this text: the model is damaged, or its numbers overflow; try MINIMAC_DTYPE=float32"
         )
         return measured
+
+    def evaluate_routed(
+        self, documents: Sequence[Document], context: int | None = None
+    ) -> tuple[Evaluation, dict[str, int]]:
+        """Measure each document under the domain that its first tokens suggest, those without text left out.
+
+        Also returns how many documents went to which domain, "none" being the base. What is attached stays attached.
+        """
+        groups: dict[str | None, list[Document]] = {}
+        chosen: dict[str, int] = {}
+        begins, domain = True, None
+        for document in filter(lambda document: document.text, documents):
+            if begins:
+                domain = self.route(self._beginning(document)).domain
+                chosen[domain or "none"] = chosen.get(domain or "none", 0) + 1
+            groups.setdefault(domain, []).append(document)
+            begins = document.ends
+        before = self.adapter, self._attached
+        parts = []
+        try:
+            for domain, group in groups.items() or [(None, [])]:
+                self.set_adapter(domain)
+                parts.append(self.evaluate(group, context))
+        finally:
+            self._put(*before)
+        measured = total(parts)
+        sizes = [part.bytes for part in parts if part.bytes is not None]
+        measured.bytes = sum(sizes) if len(sizes) == len(parts) else None
+        return measured, chosen
+
+    def _beginning(self, document: Document) -> list[int]:
+        """The first tokens of a document, without encoding the rest of it."""
+        return self.tokenizer.encode(document.text[: 16 * DOCUMENT_PREFIX])[:DOCUMENT_PREFIX]
+
+    def sampled_from_base(self, rows: int = 8, tokens: int = 256) -> list[Document]:
+        """Texts that the bare base makes up, each of `tokens` tokens, a function of the seed: what it knew before.
+
+        They begin where a document does and are drawn at temperature 1, from the model's own distribution.
+        """
+        start = self.tokenizer.eos_id if self.tokenizer.eos_id is not None else self.tokenizer.bos_id
+        if start is None:
+            raise InputError("the tokenizer has no token that a text could begin with; give a file to --base-data")
+        with lora.bare(self.model):
+            drawn = generate.sampled_rows(
+                self.model, start, rows, tokens, mx.random.key(self.config.seed % 2**32), self.tokenizer.vocab_size
+            )
+        return [Document(f"base {number}", self.tokenizer.decode(row)) for number, row in enumerate(drawn, 1)]
+
+    def answer(self, prompt: str, domain: str | None = None, max_tokens: int = 64) -> str:
+        """What `domain` says to a person's message, greedily: through the chat template where the model has one."""
+        ids = generate.prompt_ids(self.tokenizer, prompt)
+        if self.tokenizer.has_chat_template:
+            ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        self.choose(domain, ids)
+        return generate.complete(self.model, self.tokenizer, ids, max_tokens).text
 
     def generate(self, prompt: str, max_length: int = 100, **sampling: Any) -> str:
         """The text that follows `prompt` under the attached domain; `sampling` as in `generate.Sampling`."""

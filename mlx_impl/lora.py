@@ -5,8 +5,9 @@ scale. Attaching swaps modules and never touches the base arrays, so detaching g
 Adapter arrays are float32 whatever the base's dtype.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,17 @@ def detach(model: BaseModel) -> None:
     wrapped = [(path, module.linear) for path, module in lora_layers(model)]
     if wrapped:
         model.update_modules(tree_unflatten(wrapped))
+
+
+@contextlib.contextmanager
+def bare(model: BaseModel) -> Iterator[None]:
+    """The base without its adapter for the block; afterwards the same adapter is attached again."""
+    layers = lora_layers(model)
+    model.update_modules(tree_unflatten([(path, layer.linear) for path, layer in layers]))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(layers))
 
 
 def fuse(model: BaseModel) -> None:

@@ -32,6 +32,25 @@ def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple
     return kernels.summed_cross_entropy(hidden, model.head_weight, tokens[:, 1:], mask), mask.sum()
 
 
+def distilled_loss_of(
+    model: BaseModel, weight: float
+) -> Callable[[Any, mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """As `loss_of` in float32, with `weight` times the divergence from a teacher's predictions added to the sum.
+
+    The function also takes the teacher's final hidden states (B, T, D), and (B, T) which of them count.
+    """
+
+    def loss(
+        parameters: Any, tokens: mx.array, mask: mx.array, teacher: mx.array, distilled: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        model.update(parameters)
+        hidden, head = model.hidden(tokens[:, :-1]), model.head_weight  # (B, T, D), (V, D)
+        own = kernels.summed_cross_entropy(hidden, head, tokens[:, 1:], mask)
+        return own + weight * kernels.summed_divergence(hidden, teacher, head, distilled), mask.sum()
+
+    return loss
+
+
 def window_losses(model: BaseModel, tokens: mx.array, mask: mx.array) -> mx.array:
     """Mean loss of each window, (B,) in nats per token that counts; a window in which nothing counts has 0."""
     losses = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * mask  # (B, T)

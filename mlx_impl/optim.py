@@ -6,7 +6,7 @@ the number of tokens once, at the end, so that accumulation over unequal batches
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,9 @@ from mlx.utils import tree_map
 from mlx_impl import kernels
 from mlx_impl.arrays import Tree, flatten
 
-Loss = Callable[[Tree, mx.array, mx.array], tuple[mx.array, mx.array]]
+Loss = Callable[..., tuple[mx.array, mx.array]]
+"""Of parameters and the arrays of a batch, (B, ...) each: (sum in nats, tokens)."""
+
 Penalty = Callable[[Tree], mx.array]
 
 
@@ -81,7 +83,7 @@ class StepResult:
 class Stepper:
     """Optimizer steps over (microbatches of) windows; holds parameters and optimizer, compiled where it can be.
 
-    `loss(parameters, tokens, mask)` returns (sum in nats, tokens). Compiled and eager steps give the same numbers up
+    `loss(parameters, *batch)` returns (sum in nats, tokens). Compiled and eager steps give the same numbers up
     to float32 rounding. `penalty(parameters)`, a scalar in nats per token, is added to the mean loss: its gradient
     comes once a step, after the division by tokens and before clipping. Arrays that it closes over are constants
     of a compiled step and must have been computed.
@@ -102,9 +104,9 @@ class Stepper:
         mx.eval(optimizer.state)
         gradient_of = mx.value_and_grad(loss)
 
-        def accumulate(parameters: Tree, total: Tree, tokens: mx.array, mask: mx.array) -> tuple:
+        def accumulate(parameters: Tree, total: Tree, *batch: mx.array) -> tuple:
             loss_sum, count, gradients = mx.array(0.0), mx.array(0.0), total
-            for (loss, n), more in kernels.in_parallel(partial(gradient_of, parameters), tokens, mask):
+            for (loss, n), more in kernels.in_parallel(partial(gradient_of, parameters), *batch):
                 loss_sum, count = loss_sum + loss, count + n
                 more = tree_map(lambda g: g.astype(mx.float32), more)
                 gradients = more if gradients is None else tree_map(mx.add, gradients, more)
@@ -121,32 +123,32 @@ class Stepper:
             parameters = optimizer.apply_gradients(gradients, parameters)
             return parameters, optimizer.state, norm, extra
 
-        def whole(parameters: Tree, state: Tree, tokens: mx.array, mask: mx.array) -> tuple:
-            loss_sum, count, gradients = accumulate(parameters, None, tokens, mask)
+        def whole(parameters: Tree, state: Tree, *batch: mx.array) -> tuple:
+            loss_sum, count, gradients = accumulate(parameters, None, *batch)
             parameters, state, norm, extra = apply(parameters, state, gradients, count)
             return parameters, state, loss_sum, count, norm, extra
 
         random = [mx.random.state]  # dropout draws from it, so it is state like the rest
         if compiled:
-            self._first = mx.compile(lambda p, t, m: accumulate(p, None, t, m), inputs=random, outputs=random)
+            self._first = mx.compile(lambda p, *batch: accumulate(p, None, *batch), inputs=random, outputs=random)
             self._more = mx.compile(accumulate, inputs=random, outputs=random)
             self._apply = mx.compile(apply)
             self._whole = mx.compile(whole, inputs=random, outputs=random)
         else:
-            self._first = lambda p, t, m: accumulate(p, None, t, m)
+            self._first = lambda p, *batch: accumulate(p, None, *batch)
             self._more, self._apply, self._whole = accumulate, apply, whole
 
-    def step(self, batches: list[tuple[mx.array, mx.array]], learning_rate: float) -> StepResult:
-        """One update from microbatches of (tokens (B, T+1), mask (B, T)), weighted by tokens."""
+    def step(self, batches: Sequence[tuple[mx.array, ...]], learning_rate: float) -> StepResult:
+        """One update from microbatches, such as (tokens (B, T+1), mask (B, T)), weighted by tokens."""
         self.optimizer.learning_rate = mx.array(learning_rate)
         state = self.optimizer.state
         if len(batches) == 1:
             self.parameters, state, loss_sum, count, norm, extra = self._whole(self.parameters, state, *batches[0])
         else:
             loss_sum, count, total = self._first(self.parameters, *batches[0])
-            for tokens, mask in batches[1:]:
+            for batch in batches[1:]:
                 mx.eval(total)  # one microbatch's activations at a time
-                more, n, total = self._more(self.parameters, total, tokens, mask)
+                more, n, total = self._more(self.parameters, total, *batch)
                 loss_sum, count = loss_sum + more, count + n
             self.parameters, state, norm, extra = self._apply(self.parameters, state, total, count)
         self.optimizer.state = state

@@ -19,6 +19,7 @@ from mlx_impl import checkpoint, data, files, modeldir, readers
 from mlx_impl.config import PRESETS, ModelConfig, TrainConfig, checked
 from mlx_impl.device import dtype_name, memory_bytes, training_dtype
 from mlx_impl.errors import InputError
+from mlx_impl.memory import pretraining_bytes
 from mlx_impl.model import ContinualLLM
 from mlx_impl.plots import plot_losses
 from mlx_impl.tokenizer import Tokenizer
@@ -206,7 +207,7 @@ def forecast(trainer: Trainer, tokens: int) -> Event:
         "tokens_per_parameter": tokens / parameters,
         "steps": None if timed else steps,
         "tokens_per_step": per_step,
-        "predicted_memory": predicted_memory(model, rows, length, config.grad_accum > 1, config.recompute),
+        "predicted_memory": pretraining_bytes(model, rows, length, config.grad_accum > 1, config.recompute),
         "predicted_seconds": 60 * (config.minutes or 0) if timed else steps * per,
         "dtype": dtype_name(trainer.dtype),
     }
@@ -225,21 +226,6 @@ def predicted_step_seconds(config: ModelConfig, tokens: int, length: int) -> flo
     exponentials = 2 * tokens * (config.vocab_size + config.num_layers * layer) + config.num_parameters()
     a = mx.random.normal((512, 512), key=mx.random.key(0))
     return products / _rate(lambda: a @ a, 2 * 512**3) + exponentials / _rate(lambda: mx.exp(a), a.size)
-
-
-def predicted_memory(config: ModelConfig, rows: int, length: int, accumulate: bool, recompute: bool) -> int:
-    """Peak bytes of a float32 training step.
-
-    The larger of two moments: the turn from forward to backward (weights, two moments, gradients that accumulate and
-    all activations) and the update (weights, moments, gradients and the successors of the first three). Activations a
-    token: in each layer about 14 vectors of the model's width, 5 of d_ff and three rows of attention scores a head;
-    four rows of logits. With recomputation one layer's activations and the layers' inputs.
-    """
-    layer = 14 * config.d_model + 5 * config.d_ff + 3 * config.num_query_heads * length
-    layers = layer + config.num_layers * config.d_model if recompute else config.num_layers * layer
-    activations = rows * length * (layers + 4 * config.vocab_size)
-    weights = config.num_parameters()
-    return 4 * max((4 if accumulate else 3) * weights + activations, 7 * weights)
 
 
 def _rate(compute: Callable[[], mx.array], work: int) -> float:
@@ -319,7 +305,7 @@ def _model(request: Request, tokenizer: Tokenizer) -> ContinualLLM:
 
 def _require_memory(config: ModelConfig, flag: str) -> None:
     """InputError where not even weights, moments, gradients and their successors fit."""
-    needed, there = predicted_memory(config, 0, 0, False, False), memory_bytes()
+    needed, there = pretraining_bytes(config, 0, 0, False, False), memory_bytes()
     if needed > there:
         raise InputError(
             f"training {config.num_parameters():,} parameters takes at least {needed / 1e9:,.1f} GB, "

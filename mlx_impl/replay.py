@@ -276,5 +276,17 @@ def mix(tokens: ArrayLike, mask: ArrayLike, buffer: ReplayBuffer, count: int, ex
     )
 
 
+def extend(sample: Sample, tokens: ArrayLike, mask: ArrayLike) -> Sample:
+    """A batch with rows of another text behind it, tokens (B, T + 1) and mask (B, T), each of weight 1."""
+    more, counted = mx.array(np.asarray(tokens, np.int32)), mx.array(np.asarray(mask, np.float32))
+    width = max(sample.mask.shape[1], counted.shape[1])
+    return Sample(
+        mx.concatenate([_padded(sample.tokens, width + 1), _padded(more, width + 1)]),
+        mx.concatenate([_padded(sample.mask, width), _padded(counted, width)]),
+        mx.concatenate([sample.weights, mx.ones(len(more))]),
+        sample.rows,
+    )
+
+
 def _padded(array: mx.array, width: int) -> mx.array:
     return mx.pad(array, [(0, 0), (0, width - array.shape[1])])

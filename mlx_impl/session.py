@@ -13,14 +13,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_impl import lora
 from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens
-from mlx_impl.errors import NonFiniteLossError
-from mlx_impl.loss import loss_of, window_losses
+from mlx_impl.errors import InputError, NonFiniteLossError
+from mlx_impl.loss import distilled_loss_of, loss_of, window_losses
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.past import Past
-from mlx_impl.replay import Sample, mix, split_rows
+from mlx_impl.replay import Sample, extend, mix, split_rows
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
@@ -49,8 +50,12 @@ class Session:
         budget: Budget,
         deadline: float,
         speed: float,
+        like_base: Tokens | None = None,
     ) -> None:
-        """`deadline`: when the last step should have ended, by time.perf_counter; `speed`: tokens a second, forward."""
+        """`deadline`: when the last step should have ended, by time.perf_counter; `speed`: tokens a second, forward.
+
+        `like_base` is text of the kind that the base was trained on: `base_ratio` of it is added to each batch.
+        """
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
         self.past = past
         self.ratio = config.replay_ratio if past.buffer.available(past.lesson) else 0.0
@@ -65,6 +70,7 @@ class Session:
             self.rows = config.batch_size
         self.rows = min(self.rows, max(1, math.ceil(len(windows) / fresh)))  # no new window twice in a batch
         self.batches = Batches(windows, self.rows, seed)
+        self.like_base = Batches(Windows(like_base, windows.seq_len), 1, seed) if like_base is not None else None
         new_rows = sum(split_rows(self.rows, self.ratio, step)[0] for step in range(1000)) / 1000
         self.planned = budget.steps or max(1, math.ceil(budget.epochs * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
@@ -73,8 +79,12 @@ class Session:
         mx.random.seed(seed)
         optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
         compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
+        self.distilling = config.distill_weight > 0 and (self.ratio > 0 or like_base is not None)
+        if self.distilling and model.head_weight is None:
+            raise InputError("distillation needs a model whose logits are one matrix product; leave --distill out")
+        loss = distilled_loss_of(model, config.distill_weight) if self.distilling else loss_of(model)
         self.stepper = Stepper(
-            model.trainable_parameters(), optimizer, loss_of(model), config.max_grad_norm, compiled, past.penalty
+            model.trainable_parameters(), optimizer, loss, config.max_grad_norm, compiled, past.penalty
         )
         self.step = self.tokens = self.replayed = 0
         self.seconds = 0.0
@@ -105,7 +115,9 @@ class Session:
         mixed = [mix(tokens, mask, self.past.buffer, count, self.past.lesson) for tokens, mask, count in new]
         warmup = max(1, round(self.config.warmup * self.total))
         rate = warmup_cosine(self.step, self.total, warmup, self.config.learning_rate)
-        result = self.stepper.step([(m.tokens, m.mask * m.weights[:, None]) for m in mixed], rate)
+        extended = [self._extended(sample, self.step * accumulated + number) for number, sample in enumerate(mixed)]
+        batches = [self._batch(all_, len(tokens)) for all_, (tokens, _, _) in zip(extended, new, strict=True)]
+        result = self.stepper.step(batches, rate)
         loss, norm = result.read()
         self.step += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -124,6 +136,28 @@ class Session:
         count, replayed = split_rows(self.rows, self.ratio, microbatch)
         tokens, mask = self.batches.take(min(count, len(self.batches.windows)))
         return tokens, mask, replayed
+
+    def _extended(self, sample: Sample, microbatch: int) -> Sample:
+        """A microbatch with its rows of text like the base's."""
+        count = split_rows(self.rows, self.config.base_ratio, microbatch)[1] if self.like_base is not None else 0
+        if self.like_base is None or not count:
+            return sample
+        return extend(sample, *self.like_base.take(min(count, len(self.like_base.windows))))
+
+    def _batch(self, sample: Sample, new: int) -> tuple[mx.array, ...]:
+        """What the loss takes of a microbatch whose first `new` rows are the lesson's own."""
+        batch = sample.tokens, sample.mask * sample.weights[:, None]
+        if not self.distilling:
+            return batch
+        with lora.bare(self.model):
+            known = self.model.hidden(sample.tokens[new:, :-1]) if len(sample.tokens) > new else None  # (B - new, T, D)
+        width = self.model.head_weight.shape[1]  # type: ignore[union-attr]
+        teacher = mx.zeros((new, sample.mask.shape[1], width))
+        if known is not None:
+            teacher = mx.concatenate([teacher, known.astype(mx.float32)])
+        mx.eval(teacher)
+        behind = mx.arange(len(sample.tokens))[:, None] >= new  # (B, 1)
+        return *batch, teacher, sample.mask * behind
 
     def _refresh(self, sample: Sample) -> None:
         """Note what the replayed windows of a batch cost now, for the next draws: one more forward pass over them."""

@@ -207,6 +207,23 @@ class Store:
     def _folder(self, version: Version) -> Path:
         return self.folder / version.domain / version.name
 
+    def copy_to(self, target: Path) -> Path:
+        """A copy of the whole store in a folder that is not there yet, taken while no writer is at work; returns it.
+
+        Raises InputError where the folder exists or nothing was learned, LockedError while a lesson is learned.
+        """
+        if target.exists():
+            raise InputError(f"{target} exists already; name another folder or remove it first")
+        if not self.database.exists():
+            raise InputError("nothing was learned yet, so there is nothing to save")
+        with files.locked(self.folder / _LOCK, str(self.folder)), files.atomic_folder(target) as folder:
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_LOCK))
+        return target
+
+    def beside(self, folder: Path) -> "Store":
+        """The store in another folder, of the same base and tokenizer; InputError if it belongs to others."""
+        return Store(folder, *self.database.owner)
+
     def size(self) -> int:
         """Bytes of all files in the folder."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())

@@ -1,0 +1,40 @@
+"""Bytes that training will take, predicted from shapes before it starts. Measured against it in benchmarks/forecast.
+
+Counted are float32 arrays in MLX's hands at the worst moment of a step; the process takes a few hundred megabytes more.
+"""
+
+from mlx_impl.config import ModelConfig
+from mlx_impl.kernels import ROWS, STREAMS
+
+
+def pretraining_bytes(config: ModelConfig, rows: int, length: int, accumulate: bool, recompute: bool) -> int:
+    """Peak of a step over all weights, with `rows` windows of `length` targets.
+
+    The larger of two moments: the turn from forward to backward (weights, two moments, gradients that accumulate and
+    all activations) and the update (weights, moments, gradients and the successors of the first three). Activations a
+    token: in each layer about 14 vectors of the model's width, 5 of d_ff and three rows of attention scores a head;
+    four rows of logits for as many positions as have them at one time. With recomputation one layer's activations and
+    the layers' inputs.
+    """
+    layer = 14 * config.d_model + 5 * config.d_ff + 3 * config.num_query_heads * length
+    layers = layer + config.num_layers * config.d_model if recompute else config.num_layers * layer
+    weights = config.num_parameters()
+    activations = rows * length * layers + 4 * _positions(rows, length) * config.vocab_size
+    return 4 * max((4 if accumulate else 3) * weights + activations, 7 * weights)
+
+
+def lesson_bytes(config: ModelConfig, adapter: int, rows: int, length: int) -> int:
+    """Peak of a lesson's step: the frozen base, an adapter of `adapter` weights, `rows` windows of `length` targets.
+
+    No gradient is taken of a frozen layer's weights, so that it needs to keep less: 8 vectors of the model's width, 4
+    of d_ff and one and a half rows of scores a head. Of the adapter there are weights, moments, gradients, EWC's anchor
+    and Fisher, and the successors of the first three.
+    """
+    layer = 8 * config.d_model + 4 * config.d_ff + 3 * config.num_query_heads * length // 2
+    activations = rows * length * config.num_layers * layer + 3 * _positions(rows, length) * config.vocab_size
+    return 4 * (config.num_parameters() + 9 * adapter + activations)
+
+
+def _positions(rows: int, length: int) -> int:
+    """Positions whose logits exist at one time."""
+    return min(rows * length, STREAMS * ROWS)
