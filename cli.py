@@ -7,7 +7,7 @@ the commands, so that --help stays quick. What the commands share, exit codes in
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,57 @@ import click
 
 from mlx_impl.config import LOSS_ON, PRESETS, Budget, ContinualLearningConfig, TrainConfig, help_of
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.shell import FOLDER, common, emit, given, printable, run, setting, show_version, write
+from mlx_impl.shell import FOLDER, common, emit, given, harmless, printable, run, setting, show_version, write
 
 if TYPE_CHECKING:
     from mlx_impl.console import Reporter
     from mlx_impl.readers import Document
 
 PATHS = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+
+DOMAIN = click.option(
+    "--domain",
+    default="auto",
+    show_default=True,
+    help="a domain's name, none for the bare base, or auto: what the text suggests",
+)
+
+
+def sampling(max_tokens: int) -> Callable:
+    """The options of commands that write text: how much by default, how it is chosen, where it ends."""
+    options = [
+        click.option(
+            "--max-tokens", type=click.IntRange(1), default=max_tokens, show_default=True, help="new tokens, at most"
+        ),
+        click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the likeliest token"),
+        click.option("--top-k", type=int, default=0, show_default=True, help="choose among the k likeliest; 0 is off"),
+        click.option(
+            "--top-p", type=float, default=0.95, show_default=True, help="choose among the likeliest of this mass"
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="drop what is this much less likely than the first",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="above 1 makes tokens that are there already less likely",
+        ),
+        click.option("--stop", multiple=True, help="end before this text; may be given several times"),
+        click.option("--seed", type=int, default=0, show_default=True, help="the same seed gives the same text"),
+    ]
+
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -78,6 +122,9 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
 @setting(ContinualLearningConfig, "ewc_lambda")
 @click.option("--no-ewc", is_flag=True, help="the same as --ewc-lambda 0")
 @click.option("--importance", type=float, default=1.0, show_default=True, help="odds of later replay")
+@click.option("--base-data", metavar="PATH|self", help="text like the base's own to mix in; self: written by the base")
+@setting(ContinualLearningConfig, "distill_weight", "--distill")
+@click.option("--probe", metavar="PROMPT", help="answer this before and after the lesson")
 @setting(ContinualLearningConfig, "holdout")
 @setting(ContinualLearningConfig, "loss_on", kind=click.Choice(LOSS_ON))
 @setting(ContinualLearningConfig, "seed")
@@ -93,6 +140,8 @@ def learn(
     no_replay: bool,
     no_ewc: bool,
     importance: float,
+    base_data: str | None,
+    probe: str | None,
     model: Path | None,
     store: Path | None,
     as_json: bool,
@@ -123,44 +172,31 @@ def learn(
     with Reporter(quiet) as reporter:
         documents, label = _documents(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(_model(model), config, store)
-        lesson = learner.learn(documents, domain, printable(source or label), budget, reporter, importance)
-    record = lesson.as_json()
+        like_base: list[Document] = []
+        if base_data == "self":
+            reporter.say("the base writes text of its own first")
+            like_base = learner.sampled_from_base()
+        elif base_data is not None:
+            like_base, _ = _documents((Path(base_data),), reporter)
+        known = domain if domain in learner.store.domains() else "none"
+        before = learner.answer(probe, known) if probe is not None else None
+        lesson = learner.learn(documents, domain, printable(source or label), budget, reporter, importance, like_base)
+        record = lesson.as_json()
+        if probe is not None:
+            record["probe"] = {"prompt": probe, "before": before, "after": learner.answer(probe, domain)}
     emit(as_json, record, lesson_text(record))
 
 
 @cli.command(short_help="Continue a prompt.")
 @click.argument("prompt")
-@click.option(
-    "--domain",
-    default=None,
-    help="a domain's name, or none for the bare base  [default: main if it has lessons]",
-)
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="new tokens, at most")
-@click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the likeliest token")
-@click.option("--top-k", type=int, default=0, show_default=True, help="choose among the k likeliest; 0 is off")
-@click.option("--top-p", type=float, default=0.95, show_default=True, help="choose among the likeliest of this mass")
-@click.option(
-    "--min-p",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="drop what is this much less likely than the first",
-)
-@click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="above 1 makes tokens that are there already less likely",
-)
-@click.option("--stop", multiple=True, help="end before this text; may be given several times")
-@click.option("--seed", type=int, default=0, show_default=True, help="the same seed gives the same text")
+@DOMAIN
+@sampling(max_tokens=128)
 @click.option("--chat", is_flag=True, help="put the prompt into the model's chat template, as a user's message")
 @click.option("--window", type=int, help="keep this many tokens in the cache, so that memory stays bounded")
 @common()
 def generate(
     prompt: str,
-    domain: str | None,
+    domain: str,
     max_tokens: int,
     stop: tuple[str, ...],
     chat: bool,
@@ -179,20 +215,25 @@ def generate(
       minimac-mlx generate --chat "Explain photosynthesis to a child."
       minimac-mlx generate "The patient" --domain medical
     """
-    from mlx_impl.console import Reporter, context_text
+    from mlx_impl.console import Reporter, choice_text, context_text
     from mlx_impl.generate import Sampling, complete, prompt_ids
     from mlx_impl.learner import ContinualLearner
 
     settings = Sampling(**sampling)
     prompt = _stdin() if prompt == "-" else prompt
     learner = ContinualLearner.from_checkpoint(_model(model), store=store)
-    used = learner.choose(domain)
     tokenizer = learner.tokenizer
-    ids = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt_ids(tokenizer, prompt)
+    ids = plain = prompt_ids(tokenizer, prompt)
+    if chat:
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    used = learner.choose(domain, plain)  # a chat template says nothing about what the prompt is about
+    if domain == "auto" and learner.store.domains():
+        Reporter(quiet).say(choice_text(used))
     context = learner.model.config.max_seq_len
     if len(ids) + max_tokens > context:
         Reporter(quiet).say(context_text(len(ids), max_tokens, context))
-    on_text = (lambda piece: None) if as_json else write
+    shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
+    on_text = (lambda piece: None) if as_json else (lambda piece: write(shown(piece)))
     result = complete(learner.model, tokenizer, ids, max_tokens, settings, stop, window, on_text)
     record = {
         "text": result.text,
@@ -205,21 +246,59 @@ def generate(
     emit(as_json, record, "")
 
 
+@cli.command(short_help="Talk with the model, and teach it on the way.")
+@click.option("--domain", default="auto", show_default=True, help="a domain's name, none for the bare base, or auto")
+@click.option("--system", help="what the model is told before the conversation begins")
+@sampling(max_tokens=512)
+@common()
+def chat(
+    domain: str,
+    system: str | None,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    model: Path | None,
+    store: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Talk with the model: /learn teaches it on the way, /help shows what else there is.
+
+    Enter sends, Alt-Enter goes on in the next line, Ctrl-C stops an answer, Ctrl-D leaves. Where stdin is no terminal,
+    each of its lines is answered; with --json by one object a line.
+
+    \b
+    Examples:
+      minimac-mlx chat
+      minimac-mlx chat --domain medical --temperature 0
+      minimac-mlx chat --system "You answer in one sentence." --json
+    """
+    from mlx_impl.chat import Chat
+    from mlx_impl.generate import Sampling
+    from mlx_impl.learner import ContinualLearner
+    from mlx_impl.terminal import Terminal, converse
+
+    settings = Sampling(**sampling)
+    screen = Terminal(as_json, quiet)
+    learner = ContinualLearner.from_checkpoint(_model(model), store=store)
+    converse(Chat(learner, screen, domain, system, max_tokens, settings, stop, quiet), screen)
+
+
 @cli.command("eval", short_help="Measure how well a text is predicted.")
 @PATHS
-@click.option(
-    "--domain",
-    default=None,
-    help="a domain's name, or none for the bare base  [default: main if it has lessons]",
-)
+@DOMAIN
 @click.option(
     "--context", type=click.IntRange(2), help="tokens a window  [default: 512, or the model's context if that is less]"
+)
+@click.option(
+    "--answers", is_flag=True, help="also answer the prompts of .jsonl rows, greedily, and count what is right"
 )
 @common()
 def evaluate(
     paths: tuple[Path, ...],
-    domain: str | None,
+    domain: str,
     context: int | None,
+    answers: bool,
     model: Path | None,
     store: Path | None,
     as_json: bool,
@@ -227,21 +306,31 @@ def evaluate(
 ) -> None:
     """Measure how well the model predicts files, or - for stdin: loss, perplexity, bits per byte, accuracy.
 
+    With --domain auto each document is measured under the domain that its first tokens suggest.
+
     \b
     Examples:
       minimac-mlx eval notes.md
       minimac-mlx eval notes.md --domain none
+      minimac-mlx eval questions.jsonl --domain medical --answers
     """
+    from mlx_impl.answers import answer
     from mlx_impl.console import Reporter, evaluation_text
     from mlx_impl.learner import ContinualLearner
 
     documents, _ = _documents(paths, Reporter(quiet))
     learner = ContinualLearner.from_checkpoint(_model(model), store=store)
-    used = learner.choose(domain)
     longest = learner.model.config.max_seq_len
     if context is not None and context > longest:
         raise InputError(f"--context {context} is longer than the model's context of {longest} tokens")
-    record = {**learner.evaluate(documents, context).as_json(), "domain": used}
+    if domain == "auto":
+        measured, chosen = learner.evaluate_routed(documents, context)
+        record = {**measured.as_json(), "domain": domain, "domains": chosen}
+    else:
+        used = learner.choose(domain)
+        record = {**learner.evaluate(documents, context).as_json(), "domain": used}
+    if answers:
+        record["answers"] = answer(learner, documents, domain).as_json()
     emit(as_json, record, evaluation_text(record))
 
 
@@ -308,6 +397,38 @@ def log(domain: str, model: Path | None, store: Path | None, as_json: bool, quie
     records = [version.as_json() for version in reversed(history)]
     pruned = history[0].depth - 1
     emit(as_json, {"domain": domain, "lessons": records, "pruned": pruned}, log_text(domain, records, pruned))
+
+
+@cli.command(short_help="Measure what was learned and what was kept.")
+@click.argument("domains", metavar="[DOMAIN]...", nargs=-1)
+@click.option("--out", type=FOLDER, default="minimac-report", show_default=True, help="for report.json and report.png")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=1024, show_default=True, help="of each lesson's held-out text"
+)
+@common()
+def report(
+    domains: tuple[str, ...], out: Path, tokens: int, model: Path | None, store: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Measure every lesson's held-out text under every version of its domain: what was learned, forgotten and kept.
+
+    Says how long it will take. Prints a table and writes report.json, with all figures, and report.png.
+
+    \b
+    Examples:
+      minimac-mlx report
+      minimac-mlx report medical --tokens 4096 --out figures
+    """
+    from mlx_impl import report as reports
+    from mlx_impl.console import Reporter, report_text
+    from mlx_impl.learner import ContinualLearner
+
+    out.mkdir(parents=True, exist_ok=True)  # fails before anything is measured
+    with Reporter(quiet) as reporter:
+        learner = ContinualLearner.from_checkpoint(_model(model), store=store)
+        record = reports.report(learner, domains, tokens, reporter)
+        paths = reports.write(record, out)
+        reporter.say(f"written: {', '.join(map(str, paths))}")
+    emit(as_json, record, report_text(record))
 
 
 @cli.command(short_help="Erase a domain for good.")
@@ -390,6 +511,59 @@ def verify(model: Path | None, store: Path | None, as_json: bool, quiet: bool) -
     emit(as_json, record, verification_text(record))
     if found.problems:
         raise click.exceptions.Exit(DamagedFileError.exit_code)
+
+
+@cli.command(short_help="Write a domain's adapter for other programs.")
+@click.argument("domain", metavar="NAME")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["mlx-lm", "peft", "gguf", "original"]), required=True, help="format to write")
+@common()
+def export(domain: str, out: Path, to: str, model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write a domain's current adapter into the folder OUT, which must be new or empty.
+
+    mlx-lm is for mlx_lm.load(adapter_path=...), peft for peft.PeftModel, gguf for llama.cpp and Ollama, original for
+    the PyTorch project that this one continues.
+
+    \b
+    Examples:
+      minimac-mlx export medical medical-peft --to peft
+      minimac-mlx export main for-ollama --to gguf
+    """
+    from mlx_impl.console import exported_text
+    from mlx_impl.exchange import export_adapter
+    from mlx_impl.store import open_store
+
+    directory = _model(model)
+    record = export_adapter(open_store(directory, store), domain, directory, out, to)
+    emit(as_json, record, exported_text(record))
+
+
+@cli.command("import", short_help="Take an adapter from other programs in.")
+@click.argument("domain", metavar="NAME")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@common()
+def import_adapter(
+    domain: str, source: Path, model: Path | None, store: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Make an adapter from elsewhere the new domain NAME: a folder of mlx-lm or PEFT, a .gguf or .pt file.
+
+    Its tensors must fit the base. The domain can be used and taught like any other, but --domain auto never chooses it
+    before it was taught here.
+
+    \b
+    Examples:
+      minimac-mlx import medical ./my-peft-adapter
+      minimac-mlx import medical adapter.gguf
+    """
+    from mlx_impl.console import Reporter, imported_text
+    from mlx_impl.exchange import import_adapter as take_in
+    from mlx_impl.store import open_store
+
+    directory = _model(model)
+    version = take_in(open_store(directory, store), domain, directory, source)
+    Reporter(quiet).say("which base it was made for cannot be known from its files; its shapes fit this one")
+    record = {"domain": domain, **version.as_json()}
+    emit(as_json, record, imported_text(record))
 
 
 @cli.command(short_help="Train a tokenizer.")

@@ -56,7 +56,7 @@ class GGUFModel:
         """Yield (HF name, float32 array) in the file's order; DamagedFileError if a value is not finite."""
         heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
         for name, tensor in self.table.items():
-            array = _dequantise(self.path, name, tensor)
+            array = read_tensor(self.path, name, tensor)
             projection = name.split(".")[-2]
             yield name, unpermute(array, heads[projection]) if projection in heads else array
 
@@ -71,24 +71,58 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
 
 
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `unpermute`: from the half-split layout of HF to pairs side by side."""
+    rows = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    """Metadata and tensor table of a GGUF file of any kind, each place checked against the file's length.
+
+    Raises DamagedFileError for what contradicts itself, InputError where there is no file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read_header(_Cursor(path, file))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+
+
 def read_gguf(path: Path) -> GGUFModel:
     """Check a GGUF file of the Llama architecture from header to last tensor; weights are not read yet.
 
     Raises DamagedFileError for what contradicts itself or the file's length, InputError for a sound file of a
     kind that is not supported (other architectures, mixtures of experts, partial or YaRN-scaled RoPE).
     """
-    try:
-        with open(path, "rb") as file:
-            metadata, table = _read_header(_Cursor(path, file))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    metadata, table = read_file(path)
     names = rename(table, "gguf", "hf", str(path))
     renamed = {name: table[key] for key, name in names.items() if name is not None}
     frequencies = table.get("rope_freqs.weight")
-    factors = _dequantise(path, "rope_freqs.weight", frequencies) if frequencies else None
+    factors = read_tensor(path, "rope_freqs.weight", frequencies) if frequencies else None
     model = GGUFModel(path, _config(path, metadata, renamed, factors), metadata, renamed)
     check_shapes(model.shapes, expected_shapes(ModelConfig.from_hf(model.config, str(path))), str(path))
     return model
+
+
+def write_adapter(path: Path, tensors: dict[str, np.ndarray], alpha: float, name: str) -> None:
+    """A GGUF LoRA adapter for a Llama model, of float32 tensors `<module>.weight.lora_a` and `.lora_b`.
+
+    The keys are those that llama.cpp asks for (its convert_lora_to_gguf.py).
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for key, array in tensors.items():
+        writer.add_tensor(key, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # -- header --------------------------------------------------------------------------
@@ -236,7 +270,7 @@ def _block_of(kind: int, where: str) -> tuple[int, int]:
     return int(block), int(block_bytes)
 
 
-def _dequantise(path: Path, name: str, tensor: GGUFTensor) -> np.ndarray:
+def read_tensor(path: Path, name: str, tensor: GGUFTensor) -> np.ndarray:
     """Read one tensor as float32 of its shape."""
     import gguf
 

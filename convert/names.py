@@ -10,29 +10,33 @@ from typing import Literal, NamedTuple
 
 from mlx_impl.errors import DamagedFileError
 
-Format = Literal["hf", "gguf"]
+Format = Literal["hf", "gguf", "original"]
 
 
 class Row(NamedTuple):
-    """The names of one module; its parameters add `.weight` or `.bias`, the same in both formats."""
+    """The names of one module; its parameters add `.weight` or `.bias`, the same in all formats.
+
+    `original` is the PyTorch project that this one continues.
+    """
 
     hf: str | None
     gguf: str | None
+    original: str | None = None
 
 
 TABLE = (
-    Row("model.embed_tokens", "token_embd"),
-    Row("model.norm", "output_norm"),
-    Row("lm_head", "output"),
-    Row("model.layers.{n}.input_layernorm", "blk.{n}.attn_norm"),
-    Row("model.layers.{n}.self_attn.q_proj", "blk.{n}.attn_q"),
-    Row("model.layers.{n}.self_attn.k_proj", "blk.{n}.attn_k"),
-    Row("model.layers.{n}.self_attn.v_proj", "blk.{n}.attn_v"),
-    Row("model.layers.{n}.self_attn.o_proj", "blk.{n}.attn_output"),
-    Row("model.layers.{n}.post_attention_layernorm", "blk.{n}.ffn_norm"),
-    Row("model.layers.{n}.mlp.gate_proj", "blk.{n}.ffn_gate"),
-    Row("model.layers.{n}.mlp.up_proj", "blk.{n}.ffn_up"),
-    Row("model.layers.{n}.mlp.down_proj", "blk.{n}.ffn_down"),
+    Row("model.embed_tokens", "token_embd", "token_embedding"),
+    Row("model.norm", "output_norm", "norm"),
+    Row("lm_head", "output", "lm_head"),
+    Row("model.layers.{n}.input_layernorm", "blk.{n}.attn_norm", "layers.{n}.attention_norm"),
+    Row("model.layers.{n}.self_attn.q_proj", "blk.{n}.attn_q", "layers.{n}.attention.q_proj"),
+    Row("model.layers.{n}.self_attn.k_proj", "blk.{n}.attn_k", "layers.{n}.attention.k_proj"),
+    Row("model.layers.{n}.self_attn.v_proj", "blk.{n}.attn_v", "layers.{n}.attention.v_proj"),
+    Row("model.layers.{n}.self_attn.o_proj", "blk.{n}.attn_output", "layers.{n}.attention.o_proj"),
+    Row("model.layers.{n}.post_attention_layernorm", "blk.{n}.ffn_norm", "layers.{n}.ffn_norm"),
+    Row("model.layers.{n}.mlp.gate_proj", "blk.{n}.ffn_gate", "layers.{n}.feed_forward.w1"),
+    Row("model.layers.{n}.mlp.up_proj", "blk.{n}.ffn_up", "layers.{n}.feed_forward.w3"),
+    Row("model.layers.{n}.mlp.down_proj", "blk.{n}.ffn_down", "layers.{n}.feed_forward.w2"),
     # Buffers of old checkpoints, computed from the configuration instead.
     Row("model.layers.{n}.self_attn.rotary_emb.inv_freq", None),
     Row("model.rotary_emb.inv_freq", None),

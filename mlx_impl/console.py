@@ -7,6 +7,7 @@ Results go to stdout and are the command's business. Imports neither MLX nor, un
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -59,7 +60,7 @@ class Reporter:
         if event["event"] == "note":
             print(event["text"], file=sys.stderr, flush=True)
             return
-        frequent = event["event"] in ("step", "tokenizing")
+        frequent = event["event"] in ("step", "tokenizing", "measuring")
         last = (
             event.get("step") == event.get("steps")
             if event["event"] == "step"
@@ -124,9 +125,13 @@ class _Live:
     def _plan(self, event: Event) -> None:
         self._line(plan_text(event))
 
+    def _measuring(self, event: Event) -> None:
+        self._move("measuring", event["done"], event["total"], f"{duration(event['eta_seconds'])} left")
+
     def _begin(self, event: Event) -> None:
         held = f", {event['heldout']:,} held out" if event["heldout"] else ""
-        self._line(f"{event['tokens']:,} tokens to learn{held}")
+        memory = f"; predicted: {event['predicted_memory'] / 1e9:.1f} GB" if event.get("predicted_memory") else ""
+        self._line(f"{event['tokens']:,} tokens to learn{held}{memory}")
 
     def _measured(self, event: Event) -> None:
         self._line(f"loss {event['when']}: {event['loss']:.3f} nats per token")
@@ -198,20 +203,118 @@ def lesson_text(lesson: Event) -> str:
         f"perplexity {earlier['ppl_forget_percent']:+.1f} %"
         for earlier in lesson["kept"]
     ]
+    if "probe" in lesson:
+        lines += [f"{when}: {' '.join(lesson['probe'][when].split())}" for when in ("before", "after")]
     return "\n".join(lines)
+
+
+def choice_text(domain: str | None) -> str:
+    """Which domain answers, where the router chose it."""
+    return f"domain {domain}" if domain else "the base answers: no domain suits the prompt better; --domain names one"
 
 
 def evaluation_text(record: Event) -> str:
     """What a model makes of a text."""
+    domain = record["domain"] or "none"
+    if "domains" in record:
+        domain += f" ({', '.join(f'{name}: {number:,}' for name, number in record['domains'].items())})"
     perplexity = f"{record['perplexity']:,.2f}" if record["perplexity"] is not None else "beyond all numbers"
     bits = f"{record['bits_per_byte']:.4f}" if record["bits_per_byte"] is not None else "no bytes to count"
     return (
-        f"domain {record['domain'] or 'none'}, {record['tokens']:,} tokens\n"
+        f"domain {domain}, {record['tokens']:,} tokens\n"
         f"loss           {record['loss']:.4f} nats per token\n"
         f"perplexity     {perplexity}\n"
         f"bits per byte  {bits}\n"
-        f"accuracy       {record['accuracy']:.1%} of next tokens"
+        f"accuracy       {record['accuracy']:.1%} of next tokens\n"
+        f"calibration    off by {record['calibration_error']:.1%} on average"
+    ) + (
+        f"\nanswers        {record['answers']['right']:,} of {count(record['answers']['pairs'], 'prompt')} right"
+        if "answers" in record
+        else ""
     )
+
+
+LESSONS_ACROSS = 8
+"""Lessons whose losses after every stage fit into 80 columns."""
+
+
+def report_text(record: Event) -> str:
+    """What was learned and what was kept, a paragraph or two a domain, in 80 columns."""
+    return "\n\n".join(_domain_report(domain, record["tokens_per_text"]) for domain in record["domains"])
+
+
+def _domain_report(record: Event, tokens: int) -> str:
+    """One domain: a line a lesson, the losses behind them where they fit, and the figures of the whole."""
+    matrix, lessons = record["matrix"], record["lessons"]
+    losses = matrix["losses"]
+    what = f"{record['domain']}: {count(len(lessons), 'lesson')}, {record['regime']}"
+    lines = [
+        *textwrap.wrap(f"{what}; nats per held-out token, of {tokens:,} at most", 80),
+        f"{'lesson':<8}{'source':<19}{'base':>8}{'learned':>9}{'now':>8}{'forgotten':>12}{'gain lost':>12}",
+    ]
+    forgotten, lost = matrix["ppl_forget_percent"], matrix["gain_lost_percent"]
+    for j, lesson in enumerate(lessons):
+        source = lesson["source"] if len(lesson["source"]) <= 17 else lesson["source"][:16] + "…"
+        figures = [_figure(losses[stage][j], ".3f") for stage in (0, j + 1, -1)]
+        shares = [_figure(each["each"][j], "+.1f", " %") for each in (forgotten, lost)]
+        lines.append(
+            f"{lesson['version']:<8}{source:<19}{figures[0]:>8}{figures[1]:>9}{figures[2]:>8}"
+            f"{shares[0]:>12}{shares[1]:>12}"
+        )
+    for what in ("mean", "worst") if forgotten["mean"] is not None else ():
+        shares = [_figure(each[what], "+.1f", " %") for each in (forgotten, lost)]
+        lines.append(f"{what:<52}{shares[0]:>12}{shares[1]:>12}")
+    if 2 < len(lessons) <= LESSONS_ACROSS:
+        lines += ["", "".join(f"{name:>8}" for name in ("after", *(lesson["version"] for lesson in lessons)))]
+        for name, row in zip(("base", *matrix["names"]), losses, strict=True):
+            lines.append("".join(f"{value:>8}" for value in (name, *(_figure(loss, ".3f") for loss in row))))
+    return "\n".join([*lines, *_domain_notes(record)])
+
+
+def _domain_notes(record: Event) -> list[str]:
+    """What there is to say of a domain besides its lessons' figures."""
+    matrix, lines = record["matrix"], []
+    if matrix["backward_transfer"] is not None:
+        forward = _figure(matrix["forward_transfer"], "+.3f")
+        lines.append(
+            f"transfer to earlier lessons {matrix['backward_transfer']:+.3f}, to later ones {forward} nats per token "
+            "(above 0 helped)"
+        )
+    for lesson in record["lessons"]:
+        if (found := lesson["ppl_forget_interval"]) is not None:
+            lines.append(
+                f"{lesson['version']} forgotten: {found['low']:+.1f} to {found['high']:+.1f} % in {found['level']:.0%} "
+                f"of resamples of its {lesson['documents']} documents"
+            )
+    if record["routing"] is not None:
+        routing = record["routing"]
+        chosen = ", ".join(f"{name} {number}" for name, number in routing["chosen"].items())
+        lines.append(
+            f"routed by {routing['routed_by_tokens']} tokens: {routing['accuracy']:.0%} of "
+            f"{count(routing['pieces'], 'piece')} right ({chosen}), {routing['oracle_gap']:+.3f} nats per token"
+        )
+    if record["generated"] is not None:
+        base, own = record["generated"]["base"], record["generated"]["domain"]
+        lines.append(
+            f"of the tokens it generates {own['distinct_1']:.0%} differ (base {base['distinct_1']:.0%}), "
+            f"{own['repetition_4']:.0%} of 4-grams repeat ({base['repetition_4']:.0%}), "
+            f"longest loop {own['longest_loop']} ({base['longest_loop']})"
+        )
+    unmeasured = [lesson["version"] for lesson in record["lessons"] if not lesson["measured_tokens"]]
+    if unmeasured:
+        lines.append(f"nothing was held out of {', '.join(unmeasured)}: not measured")
+    holes = [f"{hole['lesson']} at stage {hole['stage']}" for hole in matrix["missing"]]
+    damaged = [hole for hole in holes if hole.split()[0] not in unmeasured]
+    if damaged:
+        lines.append(f"no finite loss: {', '.join(damaged)}")
+    if record["pruned"]:
+        lines.append(f"{count(record['pruned'], 'older lesson')} pruned: not measured")
+    return [line for text in lines for line in textwrap.wrap(text, 80, subsequent_indent="  ")]
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def domains_text(records: list[Event]) -> str:
@@ -220,29 +323,47 @@ def domains_text(records: list[Event]) -> str:
         return "nothing learned yet; teach it with `minimac-mlx learn`"
     lines = []
     for r in records:
-        figures = r.get("heldout") or r["fit"]
-        change = f"{'held-out' if 'heldout' in r else 'fit'} {figures['before']:.3f} -> {figures['after']:.3f}"
         lessons = count(r["lessons"], "lesson")
-        lines.append(f"{r['domain']:<16} {r['version']}  {lessons:<11} {r['created'][:10]}  {change}  {r['source']}")
+        lines.append(
+            f"{r['domain']:<16} {r['version']}  {lessons:<11} {r['created'][:10]}  {_change(r)}  {r['source']}"
+        )
     return "\n".join(lines)
+
+
+def _change(version: Event) -> str:
+    """What a version did to the loss on its own text; of one that came from elsewhere, from where."""
+    if "imported" in version:
+        return f"imported from {version['imported']}"
+    figures = version.get("heldout") or version["fit"]
+    return f"{'held-out' if 'heldout' in version else 'fit'} {figures['before']:.3f} -> {figures['after']:.3f}"
 
 
 def log_text(domain: str, lessons: list[Event], pruned: int) -> str:
     """The lessons of a domain, newest first; `pruned` counts the older ones that are gone."""
     lines = []
     for r in lessons:
-        figures = r.get("heldout") or r["fit"]
-        measured = f"{'held-out' if 'heldout' in r else 'fit'} {figures['before']:.3f} -> {figures['after']:.3f}"
-        lines.append(
-            f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {r['tokens']:,} tokens, {r['steps']:,} steps, "
-            f"{duration(r['seconds'])}  {measured}  {r['source']}"
-        )
-        kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %" for k in r["kept"]]
+        taught = "" if "imported" in r else f"{r['tokens']:,} tokens, {r['steps']:,} steps, {duration(r['seconds'])}  "
+        lines.append(f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {taught}{_change(r)}  {r['source']}")
+        kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %" for k in r.get("kept", [])]
         if kept:
             lines.append(f"       perplexity of earlier lessons: {', '.join(kept)}")
     if pruned:
         lines.append(f"{count(pruned, 'older lesson')} of {domain} pruned")
     return "\n".join(lines)
+
+
+def exported_text(record: Event) -> str:
+    """What was written."""
+    files = ", ".join(record["files"])
+    return f"{record['domain']} {record['version']} as {record['format']}: {files} in {record['out']}"
+
+
+def imported_text(record: Event) -> str:
+    """What was taken in."""
+    return (
+        f"{record['domain']} {record['version']}: imported {record['source']} from {record['imported']}, "
+        f"{record['trainable_parameters']:,} parameters, rank {record['rank']}, scale {record['scale']:g}"
+    )
 
 
 def forgetting_text(domain: str, sources: list[str]) -> str:

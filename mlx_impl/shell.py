@@ -8,6 +8,7 @@ before it.
 import errno
 import io
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -97,6 +98,11 @@ def show_version(context: click.Context, parameter: click.Parameter, wanted: boo
 def printable(text: str) -> str:
     """The text on one line, without what a terminal would obey or an encoding refuse: a file name can hold both."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def harmless(text: str) -> str:
+    """The text with its line ends, without what a terminal would obey: a model can write escape sequences too."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

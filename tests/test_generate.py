@@ -378,3 +378,28 @@ def test_a_text_is_begun_with_bos_and_ids_are_taken_as_they_are() -> None:
     prompts: list[str | list[int]] = ["hi", "", [*b"hi"], [1, *b"hi"]]
     counts = [complete(says("abc"), tokenizer, prompt, max_tokens=1).prompt_tokens for prompt in prompts]
     assert counts == [3, 1, 2, 3]
+
+
+@every_config
+@pytest.mark.parametrize("shared", [1, 9])
+def test_a_cache_cut_back_to_a_common_beginning_gives_the_same_tokens(config: ModelConfig, shared: int) -> None:
+    model = mlx_model(config, weights(config))
+    first, second = ([(7 * i + step) % config.vocab_size for i in range(12)] for step in (1, 3))
+    second[:shared] = first[:shared]
+    cache = model.make_cache()
+    list(decode(model, first, 5, Sampling(), cache=cache))
+    assert all(layer.is_trimmable() for layer in cache)
+    for layer in cache:
+        layer.trim(layer.offset - shared)
+    assert list(decode(model, second, 6, Sampling(), cache=cache)) == list(naive(model, second, 6, Sampling()))
+    assert cache[0].offset == len(second) + 5
+
+
+def test_a_rotating_cache_cannot_be_cut_back_once_it_has_dropped_a_token() -> None:
+    config = next(iter(CONFIGS.values()))
+    model = mlx_model(config, weights(config))
+    cache = model.make_cache(16)
+    list(decode(model, list(range(5, 15)), 6, Sampling(), cache=cache))
+    assert all(layer.is_trimmable() for layer in cache)
+    list(decode(model, list(range(5, 25)), 6, Sampling(), cache=cache))
+    assert not any(layer.is_trimmable() for layer in cache)

@@ -1,0 +1,72 @@
+"""The original project's .pt files, as plain values and numpy arrays: the one place that needs PyTorch.
+
+A .pt file is a pickle in a zip archive. It is read with `weights_only=True` and nothing else, after the archive was
+seen to be no larger inside than outside.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_impl.errors import DamagedFileError, InputError
+
+
+def read_pt(path: Path) -> Any:
+    """What a .pt file holds; tensors as numpy arrays, of real numbers as float32.
+
+    Raises DamagedFileError for what is no such file or holds anything but tensors and plain values, InputError where
+    PyTorch is not installed.
+    """
+    torch = _torch(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise DamagedFileError(f"{path}: no .pt file ({error})") from None
+    inside, outside = sum(entry.file_size for entry in entries), path.stat().st_size
+    if inside > outside:
+        raise DamagedFileError(f"{path}: {inside:,} bytes packed into {outside:,}, but .pt files are not compressed")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises anything
+        first = str(error).strip().partition("\n")[0]
+        raise DamagedFileError(f"{path}: not read as a .pt file of tensors ({type(error).__name__}: {first})") from None
+    return _plain(value, torch, path)
+
+
+def write_pt(path: Path, value: Any) -> None:
+    """Write a value with numpy arrays in it as a .pt file. InputError where PyTorch is not installed."""
+    torch = _torch(path)
+    torch.save(_mapped(value, np.ndarray, torch.from_numpy), path)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: .pt files need PyTorch; pip install 'minimac-mlx[torch]'") from None
+    return torch
+
+
+def _plain(value: Any, torch: Any, path: Path) -> Any:
+    def array(tensor: Any) -> np.ndarray:
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+            raise DamagedFileError(f"{path}: a {tensor.dtype} tensor in {tensor.layout} layout, which is not read")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise DamagedFileError(f"{path}: a tensor {list(tensor.shape)} claims more than the file holds")
+        return (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).contiguous().numpy()
+
+    return _mapped(value, torch.Tensor, array)
+
+
+def _mapped(value: Any, kind: type, function: Any) -> Any:
+    """The value with `function` applied to all that is of a kind in its dictionaries and lists."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, kind, function) for key, item in value.items()}
+    return [_mapped(item, kind, function) for item in value] if isinstance(value, list | tuple) else value

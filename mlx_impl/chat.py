@@ -1,0 +1,304 @@
+"""A conversation with a model that can be taught on the way, as an object that knows no terminal.
+
+Lines that begin with a slash are commands, everything else is said to the model: through its chat template, or as plain
+text to go on with where it has none. Turns that no longer fit into the context are left out, oldest first. Keys and
+values of what two prompts have in common are not computed again, as long as the adapter is the same.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_impl import readers
+from mlx_impl.config import Budget
+from mlx_impl.console import Reporter, count, forgetting_text, lesson_text, report_text
+from mlx_impl.errors import InputError, MiniMacError
+from mlx_impl.generate import Completion, Sampling, complete, prompt_ids
+from mlx_impl.learner import ContinualLearner
+from mlx_impl.report import report
+from mlx_impl.shell import printable
+
+COMMANDS = {
+    "/learn": ("[--domain NAME] FILE|TEXT", "teach it a file, a folder or a text"),
+    "/domain": ("[NAME|auto|none]", "show or choose what answers come from"),
+    "/undo": ("[NAME]", "take the last lesson of a domain back"),
+    "/forget": ("NAME", "erase a domain for good"),
+    "/report": ("[NAME]", "measure what was learned and what was kept"),
+    "/clear": ("", "begin a new conversation"),
+    "/help": ("", "these lines"),
+    "/quit": ("", "leave, like Ctrl-D"),
+}
+
+Message = dict[str, str]
+
+
+class Screen(Protocol):
+    """Where a conversation shows itself, and what it asks."""
+
+    def begin(self, domain: str | None) -> None:
+        """An answer begins, from this domain or with None from the base."""
+
+    def piece(self, text: str) -> None:
+        """The next piece of the answer's text."""
+
+    def end(self, record: dict[str, Any]) -> None:
+        """The answer has ended: see `Answer`."""
+
+    def result(self, record: dict[str, Any], text: str) -> None:
+        """What a command did, for programs and for people."""
+
+    def note(self, text: str) -> None:
+        """A remark in passing."""
+
+    def confirm(self, question: str) -> bool:
+        """A yes to something that cannot be taken back. InputError where there is nobody to ask."""
+
+
+@dataclass
+class Answer:
+    """One turn. `finish`: stop (it came to an end), length (--max-tokens) or interrupted."""
+
+    prompt: str
+    text: str
+    domain: str | None
+    tokens: int
+    finish: str
+
+
+class Chat:
+    """A conversation with `learner`'s model. `domain` is a name, "none" for the base, or "auto": each message's own."""
+
+    def __init__(
+        self,
+        learner: ContinualLearner,
+        screen: Screen,
+        domain: str = "auto",
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        quiet: bool = False,
+    ) -> None:
+        self.learner, self.screen = learner, screen
+        self.max_tokens, self.sampling, self.stop, self.quiet = max_tokens, sampling or Sampling(), stop, quiet
+        self.system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.turns: list[Message] = []
+        self.domain = "auto"
+        self.history: Path | None = None
+        """The file that keeps what is typed, if any; /help names it."""
+        self._cached: tuple[str | None, list[int], Sequence[Any]] | None = None  # adapter, ids, their keys and values
+        self.use(domain)
+
+    def handle(self, line: str) -> bool:
+        """Take a line that was typed; False to leave. A failed command says so and leaves all as it was."""
+        text = line.strip()
+        try:
+            if line.startswith("/"):
+                name, *rest = text.split(maxsplit=1)
+                return self._command(name, "".join(rest))
+            if text:
+                self.say(text)
+        except (MiniMacError, OSError) as error:
+            self.screen.note(f"error: {printable(str(error))}")
+        return True
+
+    # -- talking -------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> Answer:
+        """Say something to the model and show its answer. Ctrl-C keeps what was said until then.
+
+        Raises InputError for a message that alone is longer than the model's context; it is then not part of the
+        conversation.
+        """
+        ids, dropped = self._fitted({"role": "user", "content": text})
+        used = self.learner.choose(self.domain, prompt_ids(self.learner.tokenizer, text))
+        if dropped:
+            of = f"{self._context:,} tokens that the model can look back on"
+            self.screen.note(f"the oldest {count(dropped, 'message')} no longer fit into the {of}: left out from here")
+        self.screen.begin(used)
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            self.screen.piece(piece)
+
+        tokens, finish = 0, "interrupted"
+        try:
+            done = self._complete(ids, used, show)
+            tokens, finish = len(done.tokens), done.finish
+        except KeyboardInterrupt:
+            pass
+        answer = Answer(text, "".join(pieces), used, tokens, finish)
+        said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+        self.turns = [*self.turns[dropped:], *said]
+        self.screen.end(asdict(answer))
+        return answer
+
+    @property
+    def _context(self) -> int:
+        return self.learner.model.config.max_seq_len
+
+    def _fitted(self, message: Message) -> tuple[list[int], int]:
+        """Ids of the conversation with one more message, and how many of the oldest messages do not fit any more.
+
+        Once it is full, a quarter of the room is made free at once: with every turn left out, what follows begins
+        differently and has to be computed again.
+        """
+        room = self._context - min(self.max_tokens, self._context // 2)  # the rest is the answer's
+        for dropped in range(0, len(self.turns) + 1, 2):
+            ids = self._ids([*self.system, *self.turns[dropped:], message])
+            if len(ids) <= (3 * room // 4 if dropped else room):
+                return ids, dropped
+        if len(ids) >= self._context:
+            raise InputError(
+                f"this message has {len(ids):,} tokens and the model's context {self._context:,}; "
+                "shorten it, or teach it with /learn"
+            )
+        return ids, dropped
+
+    def _ids(self, messages: list[Message]) -> list[int]:
+        tokenizer = self.learner.tokenizer
+        if tokenizer.has_chat_template:
+            return tokenizer.encode_chat(messages)
+        return prompt_ids(tokenizer, "\n".join(message["content"] for message in messages))
+
+    def _complete(self, ids: list[int], used: str | None, show: Callable[[str], None]) -> Completion:
+        """Continue `ids`. An interruption leaves layers at different tokens, so the cache is kept only without one."""
+        learner = self.learner
+        head = learner.store.head(used) if used else None
+        adapter = str(sorted(head.files.items())) if head else None
+        cache = self._held(adapter, ids) or learner.model.make_cache()
+        self._cached = None
+        most = min(self.max_tokens, self._context - len(ids))
+        done = complete(learner.model, learner.tokenizer, ids, most, self.sampling, self.stop, None, show, cache)
+        self._cached = (adapter, [*ids, *done.tokens], cache)
+        return done
+
+    def _held(self, adapter: str | None, ids: list[int]) -> Sequence[Any] | None:
+        """The cache of the last turn, cut back to what `ids` begin with; None where it is of no use."""
+        if self._cached is None or self._cached[0] != adapter:
+            return None
+        _, known, cache = self._cached
+        same = next((n for n, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
+        same = min(same, len(ids) - 1, cache[0].offset)  # the last token is always fed, for its logits
+        if not all(layer.is_trimmable() for layer in cache):
+            return None
+        for layer in cache:
+            layer.trim(layer.offset - same)
+        return cache
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def _command(self, name: str, rest: str) -> bool:
+        if name in ("/quit", "/exit"):
+            return False
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"no command {name}; {meant}/help shows them (a space before the / makes it a message)")
+        getattr(self, f"_{name[1:]}")(rest)
+        return True
+
+    def use(self, domain: str) -> None:
+        """Answer from this domain from now on; InputError naming those there are."""
+        if domain not in ("auto", "none"):
+            self.learner.store.require(domain)
+        self.domain = domain
+
+    def _domain(self, name: str) -> None:
+        if name:
+            self.use(name)
+        known = ", ".join(self.learner.store.domains()) or "none yet"
+        meaning = {"auto": "the domain of each message", "none": "the bare base"}.get(self.domain, self.domain)
+        record = {"command": "domain", "domain": self.domain, "domains": self.learner.store.domains()}
+        self.screen.result(record, f"answers come from {meaning}; domains: {known}")
+
+    def _learn(self, rest: str) -> None:
+        named = re.fullmatch(r"--domain[ =](\S+)\s+(.*)", rest, re.DOTALL)
+        domain, what = (named[1], named[2]) if named else (self._taught(), rest)
+        if not what:
+            raise InputError("nothing to learn: /learn FILE or /learn TEXT")
+        documents, label = _material(what)
+        with Reporter(self.quiet) as reporter:
+            lesson = self.learner.learn(documents, domain, printable(label), Budget(), reporter)
+        record = lesson.as_json()
+        self.screen.result({"command": "learn", **record}, lesson_text(record))
+
+    def _taught(self) -> str:
+        """The domain that lessons go into: the one that was chosen by name, else main."""
+        return self.domain if self.domain not in ("auto", "none") else "main"
+
+    def _undo(self, name: str) -> None:
+        domain = name or self._taught()
+        before = self.learner.store.require(domain)
+        if not self.screen.confirm(f"Take {before.name} of {domain} ({before.source}) back?"):
+            self.screen.note("nothing was undone")
+            return
+        head = self.learner.undo(domain)
+        now = f"{domain} is at {head.name}" if head else f"{domain} had no other lesson and is removed"
+        if head is None:
+            self._leave(domain)
+        record = {"command": "undo", "domain": domain, "undone": before.name, "version": head.name if head else None}
+        self.screen.result(record, f"undone {before.name}; {now}")
+
+    def _forget(self, domain: str) -> None:
+        if not domain:
+            raise InputError("/forget NAME: which domain?")
+        self.learner.store.require(domain)
+        sources = [version.source for version in self.learner.store.versions(domain)]
+        if not self.screen.confirm(f"{forgetting_text(domain, sources)}. Erase it for good?"):
+            self.screen.note("nothing was erased")
+            return
+        gone = self.learner.forget(domain)
+        self._leave(domain)
+        record = {"command": "forget", "domain": domain, "forgotten": [version.name for version in gone]}
+        said = f"{domain} is forgotten: {count(len(gone), 'version')}; what was said and typed here is not, see /help"
+        self.screen.result(record, said)
+
+    def _leave(self, domain: str) -> None:
+        """Do not go on answering from a domain that is gone."""
+        if self.domain == domain:
+            self.domain = "auto"
+
+    def _report(self, name: str) -> None:
+        with Reporter(self.quiet) as reporter:
+            record = report(self.learner, [name] if name else None, tell=reporter)
+        self.screen.result({"command": "report", **record}, report_text(record))
+
+    def _clear(self, rest: str) -> None:
+        self.turns, self._cached = [], None
+        self.screen.result({"command": "clear"}, "a new conversation")
+
+    def _help(self, rest: str) -> None:
+        lines = [f"{f'{name} {arguments}':<34} {what}" for name, (arguments, what) in COMMANDS.items()]
+        lines += [
+            "Enter sends; Alt-Enter, or a backslash at the end of a line, goes on in the next line",
+            "Ctrl-C stops an answer, Ctrl-D leaves",
+        ]
+        if self.history is not None:
+            lines.append(f"what you type is kept in {self.history}, also after /forget: delete the file to erase it")
+        self.screen.result({"command": "help", "commands": list(COMMANDS)}, "\n".join(lines))
+
+
+def _material(what: str) -> tuple[list[readers.Document], str]:
+    """The documents that /learn was given, as a path or as the text itself, and a label for them."""
+    quoted = re.fullmatch(r"([\"'])(.+)\1", what, re.DOTALL)
+    what = quoted[2] if quoted else what
+    path = _existing(what)
+    if path is not None:
+        return list(readers.read_documents([path])), path.name or str(path)
+    if not quoted and re.fullmatch(r"[~./]\S*|\S*/\S*|\S+\.[A-Za-z0-9]{1,5}", what):
+        raise InputError(f"{what}: no such file; if it is a text, put it in quotes")
+    return [readers.text_document(what, "text")], "text"
+
+
+def _existing(what: str) -> Path | None:
+    """The file or folder that a text names, None if it names none."""
+    try:
+        path = Path(what).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long for a name, or with a null in it, or the home of nobody
+        return None

@@ -1,0 +1,147 @@
+"""Adapters out of a store and into it, in the formats of others: mlx-lm, PEFT, GGUF and the original project.
+
+Files from outside are checked before their values are read, and against the base before anything is written. What
+comes in becomes the first version of a new domain, without replay windows, Fisher or statistics for the router.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import adapter as lora
+from convert import gguf, legacy
+from mlx_impl import modeldir
+from mlx_impl.config import ModelConfig
+from mlx_impl.errors import InputError
+from mlx_impl.files import atomic_folder, read_json, write_json, write_text
+from mlx_impl.shell import printable
+from mlx_impl.store import Store, Version, check_domain
+
+FORMATS = ("mlx-lm", "peft", "gguf", "original")
+CONFIG, MLX_LM, PEFT, GGUF, ORIGINAL = (
+    "adapter_config.json",
+    "adapters.safetensors",
+    "adapter_model.safetensors",
+    "adapter.gguf",
+    "adapter.pt",
+)
+_MODELFILE = """\
+# The base in GGUF, or its name in Ollama, must stand here; then: ollama create NAME -f Modelfile
+FROM ./base.gguf
+ADAPTER ./adapter.gguf
+"""
+
+
+def export_adapter(store: Store, domain: str, model: Path, out: Path, to: str) -> dict[str, Any]:
+    """Write the current version of a domain into the folder `out`, which must be new or empty; says what it wrote.
+
+    `model` is the base's directory, `to` one of FORMATS. Raises InputError where `out` is taken, and nothing is left
+    there on any error.
+    """
+    if to not in FORMATS:
+        raise InputError(f"{to!r} is no format to export to; there are: {', '.join(FORMATS)}")
+    version = store.require(domain)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already; name another folder or empty it first")
+    folder = store.files_of(version)
+    config = _base(model)
+    shapes = modeldir.expected_shapes(config)
+    adapter = _read_mlx_lm(folder, shapes)
+    with atomic_folder(out, replace=out.exists()) as target:
+        if to == "mlx-lm":
+            for name in (MLX_LM, CONFIG):
+                shutil.copyfile(folder / name, target / name)
+        elif to == "peft":
+            tensors, settings = lora.to_peft(adapter, model.resolve().name, shapes)
+            _write_folder(target, PEFT, tensors, settings)
+        elif to == "gguf":
+            tensors, alpha = lora.to_gguf(adapter, _heads(config))
+            gguf.write_adapter(target / GGUF, tensors, alpha, domain)
+            write_text(target / "Modelfile", _MODELFILE)
+        else:
+            legacy.write_pt(target / ORIGINAL, lora.to_original(adapter, domain))
+        names = sorted(path.name for path in target.iterdir())
+    described = {"format": to, "rank": adapter.rank, "scale": adapter.scale}
+    return {"domain": domain, "version": version.name, "out": str(out), "files": names, **described}
+
+
+def import_adapter(store: Store, domain: str, model: Path, source: Path) -> Version:
+    """Make an adapter from elsewhere, a folder or a file, the first version of a new domain on the base in `model`.
+
+    Which base it was made for no format says for sure: what can be compared are shapes. Raises InputError where the
+    domain has lessons or the format is not known, DamagedFileError listing all that does not fit; nothing is then
+    written.
+    """
+    check_domain(domain)
+    _refuse_existing(store, domain)
+    config = _base(model)
+    kind, adapter = _read(source, config)
+    tensors, settings = lora.to_mlx_lm(adapter, config.num_layers)
+    figures = {
+        "imported": kind,
+        "rank": adapter.rank,
+        "scale": adapter.scale,
+        "trainable_parameters": sum(array.size for array in tensors.values()),
+    }
+    with store.writing():
+        _refuse_existing(store, domain)
+        return store.commit(
+            domain,
+            None,
+            lambda folder: _write_folder(folder, MLX_LM, tensors, settings),
+            source=printable(source.resolve().name),
+            config={},
+            figures=figures,
+            heldout=None,
+        )
+
+
+def _refuse_existing(store: Store, domain: str) -> None:
+    if store.head(domain) is not None:
+        raise InputError(
+            f"{domain} has lessons already; import under another name, or `minimac-mlx forget {domain}` first"
+        )
+
+
+def _base(model: Path) -> ModelConfig:
+    return ModelConfig.from_hf(read_json(model / modeldir.CONFIG), str(model / modeldir.CONFIG))
+
+
+def _heads(config: ModelConfig) -> tuple[int, int]:
+    return config.num_query_heads, config.num_kv_heads
+
+
+def _read(source: Path, config: ModelConfig) -> tuple[str, lora.Adapter]:
+    """The format of an adapter, by the files that it consists of, and the adapter."""
+    shapes = modeldir.expected_shapes(config)
+    if (source / PEFT).is_file():
+        tensors = dict(modeldir.read_tensors(modeldir.validate_safetensors(source / PEFT)))
+        return "peft", lora.from_peft(tensors, read_json(source / CONFIG), shapes, str(source))
+    if (source / MLX_LM).is_file():
+        return "mlx-lm", _read_mlx_lm(source, shapes)
+    file = next((source / name for name in (GGUF, ORIGINAL) if (source / name).is_file()), source)
+    if file.is_file() and file.suffix == ".gguf":
+        metadata, table = gguf.read_file(file)
+        lora.check_gguf(metadata, str(file))
+        arrays: dict[str, np.ndarray] = {name: gguf.read_tensor(file, name, entry) for name, entry in table.items()}
+        return "gguf", lora.from_gguf(metadata, arrays, _heads(config), shapes, str(file))
+    if file.is_file() and file.suffix == ".pt":
+        return "original", lora.from_original(legacy.read_pt(file), shapes, str(file))
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    raise InputError(
+        f"{source}: no adapter that is known: a folder with {MLX_LM} (mlx-lm) or {PEFT} (PEFT), a .gguf file, or a "
+        ".pt file of the original project"
+    )
+
+
+def _read_mlx_lm(folder: Path, shapes: lora.Shapes) -> lora.Adapter:
+    tensors = dict(modeldir.read_tensors(modeldir.validate_safetensors(folder / MLX_LM)))
+    return lora.from_mlx_lm(tensors, read_json(folder / CONFIG), shapes, str(folder))
+
+
+def _write_folder(folder: Path, name: str, tensors: lora.Arrays, settings: dict[str, Any]) -> None:
+    modeldir.write_safetensors(folder / name, {name: array.shape for name, array in tensors.items()}, tensors)
+    write_json(folder / CONFIG, settings)
