@@ -68,6 +68,9 @@ CREATE TABLE windows (
 A version's replay buffer is a list of window ids, 16 bytes each; the windows, int32, are stored once a domain.
 """
 
+MIGRATIONS: dict[int, tuple[str, ...]] = {}
+"""What turns a database of schema n into one of n + 1, statement by statement, in one transaction."""
+
 _OTHER_CAUSES = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
@@ -165,10 +168,11 @@ class Database:
     def check(self) -> None:
         """Compare schema, base and tokenizer with what this program and this model have.
 
-        Raises InputError for those of others, DamagedFileError where there are none.
+        One of an older schema is brought up to this one first. Raises InputError for those of others, DamagedFileError
+        where there are none.
         """
         with self.connected() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
+            version = _migrated(db)
             recorded = db.execute("SELECT sha256, tokenizer FROM base").fetchone() if version == SCHEMA else None
         if version > SCHEMA:
             raise InputError(
@@ -197,3 +201,22 @@ class Database:
                 found.append(f"a row of {table} belongs to none of {parent}")
             found += [f"domain {row[0]!r} has versions and no head" for row in db.execute(orphans).fetchall()]
         return [f"{self.path}: {line}" for line in found]
+
+
+def _migrated(db: sqlite3.Connection) -> int:
+    """The schema's version, after what an older one lacks was done to it: all of it or, where that fails, nothing."""
+
+    def version() -> int:
+        return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+    if version() not in MIGRATIONS:
+        return version()
+    db.execute("BEGIN IMMEDIATE")
+    found = version()  # another process may have been first
+    while found in MIGRATIONS:
+        for statement in MIGRATIONS[found]:
+            db.execute(statement)
+        found += 1
+    db.execute(f"PRAGMA user_version = {found}")
+    db.commit()
+    return found

@@ -3,22 +3,24 @@
 Takes callables, so that any model under any adapter is measured by the same code. Windows overlap and each token
 counts once, with as much context to its left as fits. Bits are per byte of UTF-8, not per token, and therefore
 comparable between tokenizers. Where time is short fewer windows are measured, and a comparison is cut to those that
-both sides have.
+both sides have. Calibration comes along: the probability of the first choice costs nothing once its logit is known.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
+from mlx_impl import kernels
 from mlx_impl.data import Tokens
 from mlx_impl.errors import InputError
-from mlx_impl.loss import cross_entropy
+from mlx_impl.statistics import CALIBRATION_BINS, Floats, expected_calibration_error, reliability
 from mlx_impl.windows import Batch, evaluation_windows
 
 Logits = Callable[[mx.array], mx.array]
@@ -36,6 +38,7 @@ class Evaluation:
     correct: int = 0
     bytes: int | None = None  # of the predicted tokens' text; None where it is not known
     seconds: float = 0.0  # that the measuring took
+    reliability: Floats = field(default_factory=lambda: np.zeros((CALIBRATION_BINS, 3)), compare=False)
 
     @property
     def loss(self) -> float:
@@ -57,6 +60,11 @@ class Evaluation:
         """Share of tokens that were the model's first choice."""
         return self.correct / self.tokens
 
+    @property
+    def calibration_error(self) -> float | None:
+        """How far the probability of the first choice is from how often it comes true; see `statistics`."""
+        return expected_calibration_error(self.reliability)
+
     def as_json(self) -> dict[str, Any]:
         """What `eval --json` prints."""
         return {
@@ -65,7 +73,17 @@ class Evaluation:
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "bits_per_byte": self.bits_per_byte,
             "accuracy": self.accuracy,
+            "calibration_error": self.calibration_error,
         }
+
+
+class Predictions(NamedTuple):
+    """What a model made of the M tokens of a batch that count, in their order."""
+
+    nats: NDArray[np.float32]  # (M,) negative log-likelihoods
+    correct: NDArray[np.bool_]  # (M,) whether the token was the first choice
+    confidence: NDArray[np.float32]  # (M,) probability of the first choice
+    seconds: float  # that computing them took
 
 
 def evaluate(logits_of: Logits, windows: Iterable[Batch], text_bytes: int | None = None) -> Evaluation:
@@ -88,28 +106,58 @@ def total(parts: Iterable[Evaluation]) -> Evaluation:
         result.tokens += part.tokens
         result.correct += part.correct
         result.seconds += part.seconds
+        result.reliability = result.reliability + part.reliability
     return result
 
 
 def each(logits_of: Logits, windows: Iterable[Batch]) -> Iterator[Evaluation]:
     """Measure one batch after another, as they are asked for; those in which no token counts are left out."""
+    for part in predictions(logits_of, windows):
+        yield summary(part)
+
+
+def summary(part: Predictions) -> Evaluation:
+    """The sums over predictions."""
+    table = reliability(part.confidence, part.correct)
+    nats = float(part.nats.sum(dtype=np.float64))
+    return Evaluation(nats, len(part.nats), int(part.correct.sum()), seconds=part.seconds, reliability=table)
+
+
+def predictions(logits_of: Logits, windows: Iterable[Batch]) -> Iterator[Predictions]:
+    """Each token of one batch after another, as they are asked for; batches in which none counts are left out."""
     for tokens, mask in windows:
         if not mask.any():
             continue
         began = time.perf_counter()
         first = int(np.argmax(mask.any(axis=0)))  # what lies before is context only: its logits are not looked at
-        rows, weight = mx.array(tokens), mx.array(mask[:, first:])
-        logits = logits_of(rows[:, :-1])[:, first:]  # (B, t, V)
+        rows, counted = mx.array(tokens), mask[:, first:] > 0
+        logits = logits_of(rows[:, :-1])[:, first:].astype(mx.float32)  # (B, t, V)
         targets = rows[:, 1 + first :]
-        nats = (cross_entropy(logits, targets) * weight).sum()
-        correct = ((mx.argmax(logits, axis=-1) == targets) * weight).sum()
-        mx.eval(nats, correct)
-        yield Evaluation(
-            float(nats.item()),  # type: ignore[arg-type]
-            int(mask.sum()),
-            int(correct.item()),  # type: ignore[arg-type]
-            seconds=time.perf_counter() - began,
-        )
+        best = mx.argmax(logits, axis=-1)  # (B, t)
+        # As in loss.cross_entropy, whose normaliser is needed twice here and is what costs time.
+        normaliser = kernels.logsumexp(logits)  # (B, t)
+        nats = normaliser - _at(logits, targets)
+        confidence = mx.exp(_at(logits, best) - normaliser)
+        correct = best == targets
+        mx.eval(nats, confidence, correct)
+        found, right, sure = (np.array(array)[counted] for array in (nats, correct, confidence))
+        yield Predictions(found, right, sure, time.perf_counter() - began)
+
+
+def _at(logits: mx.array, ids: mx.array) -> mx.array:
+    """Logits (B, t) of one id (B, t) at each place of logits (B, t, V)."""
+    return mx.take_along_axis(logits, ids[..., None], axis=-1).squeeze(-1)
+
+
+def document_sums(nats: NDArray[np.floating], tokens: Tokens, eos_id: int | None) -> tuple[Floats, Floats]:
+    """Sums of nats and of tokens, both (D,), over the documents of a stream; what the bootstrap resamples.
+
+    `nats` (M,) are of the first M tokens of the stream that count, in order. Documents end with EOS: a conversation
+    whose template closes each turn with it falls into its turns.
+    """
+    counted = np.flatnonzero(tokens.span(1, len(tokens))[1])[: len(nats)]  # target i is token i + 1
+    document = np.cumsum(tokens.ids == eos_id)[counted]  # of target i: the EOS up to token i
+    return np.bincount(document, nats).astype(np.float64), np.bincount(document).astype(np.float64)
 
 
 def within(seconds: float, parts: Iterable[Evaluation]) -> Iterator[Evaluation]:

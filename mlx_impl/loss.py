@@ -44,7 +44,8 @@ def distilled_loss_of(
         parameters: Any, tokens: mx.array, mask: mx.array, teacher: mx.array, distilled: mx.array
     ) -> tuple[mx.array, mx.array]:
         model.update(parameters)
-        hidden, head = model.hidden(tokens[:, :-1]), model.head_weight  # (B, T, D), (V, D)
+        hidden: mx.array = model.hidden(tokens[:, :-1])  # (B, T, D)
+        head: Any = model.head_weight  # (V, D)
         own = kernels.summed_cross_entropy(hidden, head, tokens[:, 1:], mask)
         return own + weight * kernels.summed_divergence(hidden, teacher, head, distilled), mask.sum()
 

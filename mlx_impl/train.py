@@ -169,7 +169,7 @@ class Trainer:
         started = time.perf_counter()
         rate = self._learning_rate()
         microbatches = [tuple(map(mx.array, next(self.batches))) for _ in range(self.config.grad_accum)]
-        result = self.stepper.step(microbatches, rate)  # type: ignore[arg-type]
+        result = self.stepper.step(microbatches, rate)
         self._settle()  # the step before: its loss is there by now, and reading it stalls nothing
         self._pending = (self.progress.step + 1, result, rate)
         if self.config.minutes is not None or self.progress.step == 0:

@@ -13,7 +13,8 @@ import pytest
 from mlx_impl import evaluate as module
 from mlx_impl.data import Tokens
 from mlx_impl.errors import InputError
-from mlx_impl.evaluate import Evaluation, Measuring, each, evaluate, total, within
+from mlx_impl.evaluate import Evaluation, Measuring, document_sums, each, evaluate, predictions, total, within
+from mlx_impl.loss import cross_entropy
 from mlx_impl.windows import evaluation_windows
 
 V = 11
@@ -84,6 +85,46 @@ def test_a_batch_is_measured_like_its_rows() -> None:
     assert one.nats == pytest.approx(many.nats, rel=1e-6)
 
 
+def test_confidence_is_the_probability_of_the_first_choice() -> None:
+    text = tokens(200)
+    result = evaluate(table, evaluation_windows(text, 8, 4, 3))
+    bins = np.zeros((15, 3))
+    for last, following in itertools.pairwise(text.ids):
+        logits = TABLE[last].astype(np.float64)
+        sure = math.exp(logits.max()) / sum(math.exp(x) for x in logits)
+        bins[math.ceil(sure * 15) - 1] += (1, sure, logits.argmax() == following)
+    assert result.reliability == pytest.approx(bins, abs=1e-4)
+    expected = sum(abs(right - sure) for _, sure, right in bins) / 199
+    assert result.calibration_error == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_model_of_nan_is_measured_as_nan() -> None:
+    result = evaluate(lambda rows: table(rows) * math.nan, evaluation_windows(tokens(20), 8, 8))
+    assert math.isnan(result.loss)
+
+
+def test_each_prediction_costs_what_the_loss_says() -> None:
+    text = tokens(60)
+    found = np.concatenate([part.nats for part in predictions(table, evaluation_windows(text, 16, 16))])
+    expected = cross_entropy(table(mx.array(text.ids[:-1])), mx.array(text.ids[1:]))
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nats_are_summed_by_document(masked: bool) -> None:
+    """Three documents that end with 0, the second without anything that counts where there is a mask."""
+    ids = np.array([5, 6, 0, 7, 0, 8, 9, 0], np.int32)
+    trained = np.array([0, 1, 1, 0, 0, 1, 0, 1], bool) if masked else None
+    text = Tokens(ids, trained, 3, 100)
+    nats = np.array([1.0, 2.0, 4.0, 8.0] if masked else [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    sums, counts = document_sums(nats, text, eos_id=0)
+    assert sums.tolist() == ([3, 0, 12] if masked else [3, 12, 112])
+    assert counts.tolist() == ([2, 0, 2] if masked else [2, 2, 3])
+    sums, counts = document_sums(nats[:3], text, eos_id=0)  # measured as far as a cap allowed
+    assert sums.tolist() == ([3, 0, 4] if masked else [3, 4])
+    assert document_sums(nats, text, None)[0].tolist() == [nats.sum()]
+
+
 def test_windows_in_which_nothing_counts_are_not_computed() -> None:
     trained = np.zeros(100, bool)
     trained[50] = True
@@ -102,7 +143,14 @@ def test_windows_in_which_nothing_counts_are_not_computed() -> None:
 def test_figures_that_no_number_holds_are_null_in_json() -> None:
     far = Evaluation(nats=8000.0, tokens=10, correct=0)
     assert far.perplexity == math.inf
-    assert far.as_json() == {"tokens": 10, "loss": 800.0, "perplexity": None, "bits_per_byte": None, "accuracy": 0.0}
+    assert far.as_json() == {
+        "tokens": 10,
+        "loss": 800.0,
+        "perplexity": None,
+        "bits_per_byte": None,
+        "accuracy": 0.0,
+        "calibration_error": None,
+    }
 
 
 def test_16_bit_logits_are_summed_in_float32() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_impl import files, verify
+from mlx_impl import database, files, verify
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, MiniMacError
 from mlx_impl.store import HeldOut, Store, Version, check_domain, version_number
 
@@ -251,6 +251,37 @@ def test_a_newer_schema_is_refused(folder: Path) -> None:
     db.close()
     with pytest.raises(InputError, match="schema 2, this one knows 1"):
         opened(folder)
+
+
+def test_an_older_schema_is_brought_up_to_date(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(opened(folder), "main", "a")
+    steps = {
+        1: ("ALTER TABLE versions ADD COLUMN mood TEXT", "UPDATE versions SET mood = 'fine'"),
+        2: ("CREATE TABLE extra (domain TEXT)",),
+    }
+    monkeypatch.setattr(database, "SCHEMA", 3)
+    monkeypatch.setattr(database, "MIGRATIONS", steps)
+    assert opened(folder).require("main").number == 1
+    with contextlib.closing(sqlite3.connect(folder / "learner.sqlite")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("SELECT mood FROM versions").fetchall() == [("fine",)]
+        assert db.execute("SELECT * FROM extra").fetchall() == []
+    before = tree(folder)
+    opened(folder)
+    assert tree(folder) == before
+
+
+def test_a_migration_that_fails_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(opened(folder), "main", "a")
+    before = tree(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "SCHEMA", 3)
+        steps = {1: ("CREATE TABLE extra (x TEXT)",), 2: ("ALTER TABLE no ADD y TEXT",)}
+        patched.setattr(database, "MIGRATIONS", steps)
+        with pytest.raises(DamagedFileError, match="no such table"):
+            opened(folder)
+    assert tree(folder) == before
+    assert opened(folder).require("main").number == 1
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
