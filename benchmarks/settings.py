@@ -1,6 +1,7 @@
 """Which learning rate, batch and rank teach most: gains on held-out text after a lesson of a given length.
 
-Every setting trains on the same tokens once, and is measured on training text that no lesson sees. Resumable.
+Every setting trains on the same tokens once, and is measured on training text that no lesson sees, or with --valid on
+the validation text. Resumable.
 
     python -m benchmarks.settings --data DIR [--tokens 8192] [--text medical] [--rows 1,2,4] [--rates 1e-3,2e-3,4e-3]
 """
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a lesson  [default: 8192]")
     parser.add_argument("--rows", default="1,2,4", help="windows a step  [default: 1,2,4]")
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3", help="learning rates  [default: 1e-3,2e-3,4e-3]")
+    parser.add_argument("--valid", action="store_true", help="measure on NAME/valid.txt: not for choosing settings")
     parser.add_argument("--name", default="settings", help="results are written under this name")
     add_common_options(parser, "settings")
     options = parser.parse_args(arguments)
@@ -52,9 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         documents for _, documents in lesson_texts({name: sources[name]}, tokenizer, 2, max(options.tokens, MEASURED))
     )
     config = lesson_settings(options.settings, ContinualLearningConfig(seed=options.seed, holdout=0.0))
+    if options.valid:
+        probe = lesson_texts({name: folder_sources(options.data, "valid.txt")[name]}, tokenizer, 1, MEASURED)[0][1]
     unseen = tokens_of(probe, tokenizer)
     unseen = dataclasses.replace(unseen, ids=unseen.ids[:MEASURED])
     settings = {"model": model.name, "text": tokens_of(taught, tokenizer).digest, "tokens": options.tokens}
+    settings["measured"] = unseen.digest
     work = Work(options.work, settings)
     base = work.once("base", lambda: loss(ContinualLLM.from_checkpoint(model), unseen))
     gains = {}

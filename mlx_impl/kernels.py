@@ -2,8 +2,7 @@
 
 On a GPU they are MLX's own kernels. MLX's CPU backend spends 22 ns on an exponential, on one thread, so that softmax
 and SiLU cost more than all matrix products of the model; a power of two costs a third of that. There the same
-functions are written with powers of two and gradients that reuse what the forward pass computed, and a batch is cut
-into parts that run on streams of their own, one for each of two cores.
+functions are written with powers of two and gradients that reuse what the forward pass computed.
 """
 
 import functools
@@ -22,9 +21,6 @@ ROWS = 512
 
 MASKED = -1e30
 """Added to a score that must not be seen; finite, so that nothing becomes NaN."""
-
-STREAMS = 2
-"""Parts that a training batch is cut into on a CPU. Fixed, because sums depend on it."""
 
 
 def _custom(function: Callable) -> Any:
@@ -196,22 +192,3 @@ def summed_divergence(hidden: mx.array, teacher: mx.array, weight: mx.array, mas
     """
     width = hidden.shape[-1]
     return _summed_divergence(hidden.reshape(-1, width), teacher.reshape(-1, width), weight, mask.reshape(-1))[0]
-
-
-def in_parallel(function: Callable[..., tuple], *arrays: mx.array) -> list[tuple]:
-    """`function` of parts of a batch, arrays (B, ...); on a CPU of two halves on streams of their own."""
-    rows = len(arrays[0])
-    if not on_cpu() or rows < STREAMS:
-        return [function(*arrays)]
-    size = math.ceil(rows / STREAMS)
-    results = []
-    for number, stream in enumerate(_streams()):
-        part = slice(number * size, (number + 1) * size)
-        with mx.stream(stream):
-            results.append(function(*(array[part] for array in arrays)))
-    return results
-
-
-@functools.lru_cache(maxsize=1)
-def _streams() -> list[mx.Stream]:
-    return [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(STREAMS - 1))]

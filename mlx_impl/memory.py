@@ -4,7 +4,7 @@ Counted are float32 arrays in MLX's hands at the worst moment of a step; the pro
 """
 
 from mlx_impl.config import ModelConfig
-from mlx_impl.kernels import ROWS, STREAMS
+from mlx_impl.kernels import ROWS
 
 
 def pretraining_bytes(config: ModelConfig, rows: int, length: int, accumulate: bool, recompute: bool) -> int:
@@ -26,15 +26,15 @@ def pretraining_bytes(config: ModelConfig, rows: int, length: int, accumulate: b
 def lesson_bytes(config: ModelConfig, adapter: int, rows: int, length: int) -> int:
     """Peak of a lesson's step: the frozen base, an adapter of `adapter` weights, `rows` windows of `length` targets.
 
-    No gradient is taken of a frozen layer's weights, so that it needs to keep less: 8 vectors of the model's width, 4
-    of d_ff and one and a half rows of scores a head. Of the adapter there are weights, moments, gradients, EWC's anchor
+    No gradient is taken of a frozen layer's weights, so that it needs to keep less: 8 vectors of the model's width, 9
+    of d_ff and a row of scores a head; two rows of logits for as many positions as have them. Of the adapter there are weights, moments, gradients, EWC's anchor
     and Fisher, and the successors of the first three.
     """
-    layer = 8 * config.d_model + 4 * config.d_ff + 3 * config.num_query_heads * length // 2
-    activations = rows * length * config.num_layers * layer + 3 * _positions(rows, length) * config.vocab_size
+    layer = 8 * config.d_model + 9 * config.d_ff + config.num_query_heads * length
+    activations = rows * length * config.num_layers * layer + 2 * _positions(rows, length) * config.vocab_size
     return 4 * (config.num_parameters() + 9 * adapter + activations)
 
 
 def _positions(rows: int, length: int) -> int:
     """Positions whose logits exist at one time."""
-    return min(rows * length, STREAMS * ROWS)
+    return min(rows * length, ROWS)

@@ -8,13 +8,11 @@ the number of tokens once, at the end, so that accumulation over unequal batches
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers
 from mlx.utils import tree_map
 
-from mlx_impl import kernels
 from mlx_impl.arrays import Tree, flatten
 
 Loss = Callable[..., tuple[mx.array, mx.array]]
@@ -105,11 +103,10 @@ class Stepper:
         gradient_of = mx.value_and_grad(loss)
 
         def accumulate(parameters: Tree, total: Tree, *batch: mx.array) -> tuple:
-            loss_sum, count, gradients = mx.array(0.0), mx.array(0.0), total
-            for (loss, n), more in kernels.in_parallel(partial(gradient_of, parameters), *batch):
-                loss_sum, count = loss_sum + loss, count + n
-                more = tree_map(lambda g: g.astype(mx.float32), more)
-                gradients = more if gradients is None else tree_map(mx.add, gradients, more)
+            (loss_sum, count), gradients = gradient_of(parameters, *batch)
+            gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
+            if total is not None:
+                gradients = tree_map(mx.add, total, gradients)
             return loss_sum, count, gradients
 
         def apply(parameters: Tree, state: Tree, gradients: Tree, count: mx.array) -> tuple:

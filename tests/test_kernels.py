@@ -107,16 +107,3 @@ def test_cross_entropy_and_its_gradient() -> None:
     assert_same(cross_entropy(logits, targets), theirs(logits))
     ours, other = (mx.grad(lambda x, f=f: f(x).sum())(logits) for f in (lambda x: cross_entropy(x, targets), theirs))
     assert_same(ours, other)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-def test_parts_of_a_batch_add_up_to_the_whole(rows: int) -> None:
-    tokens, mask = mx.random.randint(0, 9, (rows, 4), key=mx.random.key(0)), drawn(rows, 3)
-
-    def function(tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-        return (tokens[:, :-1] * mask).sum(), mx.array(len(tokens))
-
-    parts = kernels.in_parallel(function, tokens, mask)
-    assert len(parts) == (1 if rows == 1 else 2)
-    assert sum(count.item() for _, count in parts) == rows
-    assert_same(sum(total for total, _ in parts), function(tokens, mask)[0])
