@@ -17,7 +17,7 @@ def record(name: str, figures: dict[str, Any], module: str | None = None) -> Pat
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python", "-m", f"benchmarks.{module or name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{module or name}", *map(_portable, sys.argv[1:])]),
         "commit": commit(),
         "machine": device.describe(),
         **figures,
@@ -29,6 +29,11 @@ def record(name: str, figures: dict[str, Any], module: str | None = None) -> Pat
     print(json.dumps(figures, indent=2))
     print(f"written to {path}", file=sys.stderr)
     return path
+
+
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine in it."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def commit() -> str | None:
