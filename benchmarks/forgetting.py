@@ -47,7 +47,7 @@ from mlx_impl.loss import loss_of
 from mlx_impl.model import ContinualLLM
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.readers import Document
-from mlx_impl.router import PREFIX
+from mlx_impl.router import DOCUMENT_PREFIX
 from mlx_impl.session import STEPS_WANTED
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Batch, Batches, Windows, evaluation_windows
@@ -304,8 +304,9 @@ class Experiment:
         results = {}
         for name, text in self.texts.valid.items():
             own = name if name in self.texts.train else None
-            rows = [(ids, _behind_prefix(mask)) for ids, mask in self._single_windows(text)]
-            chosen = [learner.route(ids[0, :PREFIX].tolist()).domain for ids, _ in rows]
+            seen = min(DOCUMENT_PREFIX, self.config.seq_len // 2)
+            rows = [(ids, _behind(seen, mask)) for ids, mask in self._single_windows(text)]
+            chosen = [learner.route(ids[0, :seen].tolist()).domain for ids, _ in rows]
             sums = {}
             for domain in {own, *chosen}:
                 learner.set_adapter(domain)
@@ -324,10 +325,10 @@ class Experiment:
         return [part for part in evaluation_windows(text, length, length) if part[1].all()]
 
 
-def _behind_prefix(mask: np.ndarray) -> np.ndarray:
-    """The mask (1, T) without the tokens by which a window is routed."""
+def _behind(seen: int, mask: np.ndarray) -> np.ndarray:
+    """The mask (1, T) without the first `seen` tokens, by which a window is routed."""
     rest = mask.copy()
-    rest[:, : PREFIX - 1] = 0
+    rest[:, : seen - 1] = 0
     return rest
 
 
