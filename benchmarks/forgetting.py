@@ -87,6 +87,7 @@ METHODS = {
     "lora": _shared("one LoRA", 0.0, False),
     "full": Method("full fine-tuning", "full", "full"),
     "replay+ewc": _shared("replay 50 % + EWC", 0.5, True),
+    "replay+10ewc": _shared("replay 50 % + EWC, ten times as strong", 0.5, True, ewc_lambda=10.0),
     "replay": _shared("replay 50 %", 0.5, False),
     "replay10+ewc": _shared("replay 10 % + EWC", 0.1, True),
     "ewc": _shared("EWC", 0.0, True),
@@ -386,6 +387,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--measured", type=int, default=4096, help="tokens of each validation text  [default: 4096]")
     parser.add_argument("--orders", type=int, default=1, help="orders of the texts  [default: 1]")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {','.join(METHODS)}  [default: all]")
+    parser.add_argument(
+        "--rates",
+        action="append",
+        default=[],
+        metavar="NAME=X,...",
+        help=f"learning rates to choose from, of {' and '.join(RATES)}; one alone is taken as it is",
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing, write what is there")
     add_common_options(parser, "forgetting")
     options = parser.parse_args(arguments)
@@ -401,22 +409,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = options.model or default_model()
     config = lesson_settings(options.settings, ContinualLearningConfig(seed=options.seed))
     texts = Texts.read(options.data, options.texts.split(","), Tokenizer.load(model), options.tokens, options.measured)
+    rates = RATES | {name: _numbers(values) for name, _, values in (pair.partition("=") for pair in options.rates)}
     settings = {
         "model": model.name,
         "texts": {name: tokens.digest for name, tokens in texts.valid.items()},
         "tokens": options.tokens,
         "config": dataclasses.asdict(config),
+        "rates": rates,
     }
     work = Work(options.work, settings)
-    experiment = Experiment(model, work, config, texts, RATES)
+    experiment = Experiment(model, work, config, texts, rates)
     orders = orders_of(texts.names, options.orders, options.seed)
-    seconds = predicted_seconds(experiment, methods, options.orders, options.tokens, options.measured)
-    say(f"at most {duration(seconds)} for {len(methods)} methods, less what is in {work.folder}")
+    if options.report:
+        methods = [name for name in methods if f"{name}/0" in work]
+    else:
+        seconds = predicted_seconds(experiment, methods, options.orders, options.tokens, options.measured)
+        say(f"at most {duration(seconds)} for {len(methods)} methods, less what is in {work.folder}")
     figures = run(experiment, methods, orders)
+    figures["missing"] = sorted({*METHODS} - {*methods})
     name = f"forgetting_{options.tokens}"
     plot(figures, RESULTS / f"{name}.png")
     record(name, {"model": model.name, "tokens": options.tokens, **figures}, module="forgetting")
     print(table(figures))
+
+
+def _numbers(values: str) -> tuple[float, ...]:
+    return tuple(float(value) for value in values.split(","))
 
 
 def run(experiment: Experiment, methods: Sequence[str], orders: list[list[str]]) -> dict[str, Any]:

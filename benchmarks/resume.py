@@ -54,6 +54,10 @@ class Work:
         self._path = self.folder / "figures.json"
         self._figures: dict[str, Any] = files.read_json(self._path) if self._path.is_file() else {}
 
+    def __contains__(self, key: str) -> bool:
+        """Whether this was measured already."""
+        return key in self._figures
+
     def once(self, key: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returned when it was first asked for under this key; JSON must hold it."""
         if key not in self._figures:

@@ -26,9 +26,9 @@ def pretraining_bytes(config: ModelConfig, rows: int, length: int, accumulate: b
 def lesson_bytes(config: ModelConfig, adapter: int, rows: int, length: int) -> int:
     """Peak of a lesson's step: the frozen base, an adapter of `adapter` weights, `rows` windows of `length` targets.
 
-    No gradient is taken of a frozen layer's weights, so that it needs to keep less: 8 vectors of the model's width, 9 of
-    d_ff and a row of scores a head; two rows of logits for as many positions as have them. Of the adapter there are
-    weights, moments, gradients, EWC's anchor and Fisher, and the successors of the first three.
+    No gradient is taken of a frozen layer's weights, so that it needs to keep less: 8 vectors of the model's width, 9
+    of d_ff and a row of scores a head; two rows of logits for as many positions as have them. Of the adapter there
+    are weights, moments, gradients, EWC's anchor and Fisher, and the successors of the first three.
     """
     layer = 8 * config.d_model + 9 * config.d_ff + config.num_query_heads * length
     activations = rows * length * config.num_layers * layer + 2 * _positions(rows, length) * config.vocab_size
