@@ -36,7 +36,7 @@ from benchmarks.resume import BACKWARD, Work, add_common_options, duration, forw
 from benchmarks.texts import folder_sources, lesson_texts
 from mlx_impl import lora
 from mlx_impl.adapters import read_adapter
-from mlx_impl.config import Budget, ContinualLearningConfig
+from mlx_impl.config import LEAST_STEPS, Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens, tokens_of
 from mlx_impl.device import compute_dtype
 from mlx_impl.errors import InputError
@@ -48,7 +48,6 @@ from mlx_impl.model import ContinualLLM
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.readers import Document
 from mlx_impl.router import DOCUMENT_PREFIX
-from mlx_impl.session import STEPS_WANTED
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Batch, Batches, Windows, evaluation_windows
 
@@ -247,7 +246,7 @@ class Experiment:
         """One epoch over all weights, with the batches that a lesson takes."""
         started = time.perf_counter()
         windows = Windows(tokens_of(documents, self.tokenizer), config.seq_len)
-        rows = max(1, min(config.batch_size, len(windows) // STEPS_WANTED))
+        rows = max(1, min(config.batch_size, len(windows) // LEAST_STEPS))
         batches, steps = Batches(windows, rows, config.seed + seed), math.ceil(len(windows) / rows)
         model.unfreeze()
         optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)

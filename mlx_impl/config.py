@@ -411,13 +411,23 @@ class ContinualLearningConfig:
             raise InputError("learning configuration: " + "; ".join(wrong))
 
 
+LEAST_STEPS = 16
+"""Optimizer steps a lesson should have: a short text is gone over again, and batches shrink where time is short."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """When a lesson ends: after `steps`; without them after `epochs` or `seconds` of wall time, whichever is first."""
 
     seconds: float = option(60.0, "wall time, measuring included")
-    epochs: float = option(1.0, "passes over the text")
+    epochs: float | None = option(
+        None, f"passes over the text  [default: 1; of a short one, what makes {LEAST_STEPS} steps]"
+    )
     steps: int | None = option(None, "optimizer steps, instead of a time")
+
+    def passes(self, windows: int) -> float:
+        """Passes over a text of so many windows."""
+        return max(1.0, LEAST_STEPS / windows) if self.epochs is None else self.epochs
 
     def __post_init__(self) -> None:
         """InputError for what is no positive number."""

@@ -195,7 +195,7 @@ def lesson_text(lesson: Event) -> str:
     share = "" if lesson["complete"] else "; the time was up before the end of the text, --seconds gives it more"
     lines = [
         f"{lesson['domain']} {lesson['version']}: learned {lesson['source']} in {duration(lesson['seconds'])}, "
-        f"{lesson['steps']} steps of {lesson['batch_size']} windows{replayed}{share}",
+        f"{lesson['steps']} steps of {count(lesson['batch_size'], 'window')}{replayed}{share}",
         f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token",
     ]
     lines += [

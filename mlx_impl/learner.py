@@ -390,7 +390,7 @@ class ContinualLearner:
         a number of steps the clock has no say.
         """
         c = self.config
-        asked = budget.epochs * tokens
+        asked = budget.passes(math.ceil(tokens / c.seq_len)) * tokens
         seconds = MEASURING_SHARE * budget.seconds
         if budget.steps is not None:
             asked = budget.steps * c.batch_size * c.gradient_accumulation_steps * c.seq_len

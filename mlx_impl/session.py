@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_impl import lora
 from mlx_impl.base import BaseModel
-from mlx_impl.config import Budget, ContinualLearningConfig
+from mlx_impl.config import LEAST_STEPS, Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens
 from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.loss import distilled_loss_of, loss_of, window_losses
@@ -25,9 +25,6 @@ from mlx_impl.replay import Sample, extend, mix, split_rows
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
-
-STEPS_WANTED = 16
-"""Steps that a short budget should still hold: the batch shrinks to get there."""
 
 BACKWARD = 3
 """A step's time in forward passes."""
@@ -64,7 +61,8 @@ class Session:
         seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
         affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
         fresh = 1 - self.ratio  # share of a batch that is the lesson's own
-        enough = min(budget.epochs * len(windows) / accumulated / fresh, affordable) / STEPS_WANTED
+        passes = budget.passes(len(windows))
+        enough = min(passes * len(windows) / accumulated / fresh, affordable) / LEAST_STEPS
         self.rows = max(1, min(config.batch_size, int(enough)))
         if budget.steps is not None:
             self.rows = config.batch_size
@@ -72,7 +70,7 @@ class Session:
         self.batches = Batches(windows, self.rows, seed)
         self.like_base = Batches(Windows(like_base, windows.seq_len), 1, seed) if like_base is not None else None
         new_rows = sum(split_rows(self.rows, self.ratio, step)[0] for step in range(1000)) / 1000
-        self.planned = budget.steps or max(1, math.ceil(budget.epochs * len(windows) / (new_rows * accumulated)))
+        self.planned = budget.steps or max(1, math.ceil(passes * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
         if budget.steps is None:
             self.total = max(1, int(min(self.planned, affordable / self.rows)))
