@@ -441,6 +441,9 @@ def forget(domain: str, yes: bool, model: Path | None, store: Path | None, as_js
     Other domains stay as they are, to the bit. A single lesson cannot be erased from the middle of a domain, because
     later ones were built on it: go back before it with undo, or forget the domain and teach the rest again.
 
+    Only the lessons' own folder is reached: reports, exported adapters and what was typed in chat (chat_history in
+    ~/.minimac-mlx) are yours to delete.
+
     \b
     Examples:
       minimac-mlx forget medical

@@ -184,8 +184,8 @@ def to_original(adapter: Adapter, name: str) -> dict[str, Any]:
 def check_gguf(metadata: Mapping[str, Any], where: str) -> None:
     """InputError where a GGUF file is something else than a LoRA adapter: whole models have the same ending."""
     kinds = {key: metadata.get(key) for key in ("general.type", "adapter.type", "general.architecture")}
-    if list(kinds.values()) != ["adapter", "lora", "llama"]:
-        found = ", ".join(f"{key} {value!r:.40}" for key, value in kinds.items())
+    if [value if isinstance(value, str) else None for value in kinds.values()] != ["adapter", "lora", "llama"]:
+        found = ", ".join(f"{key} {_shown(value)}" for key, value in kinds.items())
         raise InputError(f"{where}: no LoRA adapter for a Llama model ({found})")
 
 
@@ -252,16 +252,20 @@ def _halves(
 ) -> dict[str, Arrays]:
     """Path -> {"a": (in, r), "b": (r, out)}; `names` pair each tensor's name with one that begins with a HF path."""
     halves: dict[str, Arrays] = {}
-    unknown = []
+    unknown, twice = [], []
     for name, path in names:
         half = next((half for half, suffix in zip("ab", suffixes, strict=True) if path.endswith(suffix)), None)
         if half is None:
             unknown.append(name)
             continue
         pair = halves.setdefault(path.removesuffix(suffixes["ab".index(half)]), {})
+        if half in pair:
+            twice.append(name)
         pair[half] = _transposed(tensors[name]) if transposed else tensors[name]
     if unknown:
         raise DamagedFileError(f"{where}: neither half of an adapter: {_listed(unknown)}")
+    if twice:
+        raise DamagedFileError(f"{where}: there under another name too: {_listed(twice)}")
     return halves
 
 
@@ -281,7 +285,8 @@ def _assembled(
     for path, pair in sorted(halves.items()):
         a, b = (pair[half].astype(np.float32, copy=False) for half in "ab")
         if scales[path] != scale:
-            b = (b.astype(np.float64) * (scales[path] / scale)).astype(np.float32)
+            with np.errstate(all="ignore"):  # what is not finite afterwards is looked at where it is written
+                b = (b.astype(np.float64) * (scales[path] / scale)).astype(np.float32)
         missing = rank - a.shape[1]
         arrays[f"{path}.lora_a"] = np.ascontiguousarray(np.pad(a, ((0, 0), (0, missing))) if missing else a)
         arrays[f"{path}.lora_b"] = np.ascontiguousarray(np.pad(b, ((0, missing), (0, 0))) if missing else b)
@@ -324,14 +329,19 @@ def _alpha(adapter: Adapter) -> float:
 
 def _number(value: Any, what: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30 or value != value:
-        raise DamagedFileError(f"{where}: {what} is {value!r:.60}, a number was expected")
+        raise DamagedFileError(f"{where}: {what} is {_shown(value)}, a number was expected")
     return float(value)
 
 
 def _count(value: Any, what: str, where: str) -> int:
     if type(value) is not int or not 1 <= value < 2**31:
-        raise DamagedFileError(f"{where}: {what} is {value!r:.60}, a positive whole number was expected")
+        raise DamagedFileError(f"{where}: {what} is {_shown(value)}, a positive whole number was expected")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value from a file for a message; of lists and the like only the type: one that holds itself often is huge."""
+    return f"{value!r:.60}" if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def _pattern(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:

@@ -295,6 +295,9 @@ def _config(
     path: Path, metadata: dict[str, Any], table: dict[str, GGUFTensor], rope_factors: np.ndarray | None
 ) -> dict[str, Any]:
     """The HF `config.json` that the metadata and the tensors' shapes amount to."""
+    for key in ("general.type", "general.architecture", "llama.expert_count", "llama.rope.scaling.type"):
+        if isinstance(metadata.get(key), np.ndarray):
+            raise DamagedFileError(f"{path}: {key} is an array, a single value was expected")
     kind = (metadata.get("general.type", "model"), metadata.get("general.architecture"))
     if kind != ("model", "llama"):
         raise InputError(f"{path}: a {kind[0]!r:.60} of architecture {kind[1]!r:.60}; only models of 'llama' are read")

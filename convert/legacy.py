@@ -4,6 +4,7 @@ A .pt file is a pickle in a zip archive. It is read with `weights_only=True` and
 seen to be no larger inside than outside.
 """
 
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlx_impl.errors import DamagedFileError, InputError
 
 
 def read_pt(path: Path) -> Any:
-    """What a .pt file holds; tensors as numpy arrays, of real numbers as float32.
+    """What a .pt file holds; tensors, looked for two dictionaries deep, as numpy arrays, of real numbers as float32.
 
     Raises DamagedFileError for what is no such file or holds anything but tensors and plain values, InputError where
     PyTorch is not installed.
@@ -25,7 +26,7 @@ def read_pt(path: Path) -> Any:
             entries = archive.infolist()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, ValueError) as error:
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, OverflowError, ValueError) as error:
         raise DamagedFileError(f"{path}: no .pt file ({error})") from None
     inside, outside = sum(entry.file_size for entry in entries), path.stat().st_size
     if inside > outside:
@@ -35,7 +36,7 @@ def read_pt(path: Path) -> Any:
     except Exception as error:  # a damaged pickle raises anything
         first = str(error).strip().partition("\n")[0]
         raise DamagedFileError(f"{path}: not read as a .pt file of tensors ({type(error).__name__}: {first})") from None
-    return _plain(value, torch, path)
+    return _plain(value, torch, path, outside)
 
 
 def write_pt(path: Path, value: Any) -> None:
@@ -52,21 +53,28 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def _plain(value: Any, torch: Any, path: Path) -> Any:
+def _plain(value: Any, torch: Any, path: Path, room: int) -> Any:
+    """Tensors as arrays, all of them together no larger than the file of `room` bytes: many may share its values."""
+    left = room
+
     def array(tensor: Any) -> np.ndarray:
+        nonlocal left
+        if tensor.device.type != "cpu":
+            raise DamagedFileError(f"{path}: a tensor {list(tensor.shape)} without values ({tensor.device})")
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
             raise DamagedFileError(f"{path}: a {tensor.dtype} tensor in {tensor.layout} layout, which is not read")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        left -= tensor.numel() * tensor.element_size()
+        if left < 0:
             raise DamagedFileError(f"{path}: a tensor {list(tensor.shape)} claims more than the file holds")
         return (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).contiguous().numpy()
 
     return _mapped(value, torch.Tensor, array)
 
 
-def _mapped(value: Any, kind: type, function: Any) -> Any:
-    """The value with `function` applied to all that is of a kind in its dictionaries and lists."""
+def _mapped(value: Any, kind: type, function: Any, depth: int = 2) -> Any:
+    """The value with `function` applied to all of a kind that its dictionaries hold; `depth`: they may hold themselves."""
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, kind, function) for key, item in value.items()}
-    return [_mapped(item, kind, function) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, dict) and depth:
+        return {key: _mapped(item, kind, function, depth - 1) for key, item in value.items()}
+    return value

@@ -59,7 +59,7 @@ class Screen(Protocol):
 
 @dataclass
 class Answer:
-    """One turn. `finish`: stop (it came to an end), length (--max-tokens) or interrupted."""
+    """One turn. `finish`: stop (it came to an end), length (--max-tokens), context (no room is left) or interrupted."""
 
     prompt: str
     text: str
@@ -82,6 +82,8 @@ class Chat:
         stop: Sequence[str] = (),
         quiet: bool = False,
     ) -> None:
+        if not all(stop):
+            raise InputError("a stop string must not be empty")
         self.learner, self.screen = learner, screen
         self.max_tokens, self.sampling, self.stop, self.quiet = max_tokens, sampling or Sampling(), stop, quiet
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -129,6 +131,8 @@ class Chat:
         try:
             done = self._complete(ids, used, show)
             tokens, finish = len(done.tokens), done.finish
+            if finish == "length" and tokens < self.max_tokens:
+                finish = "context"
         except KeyboardInterrupt:
             pass
         answer = Answer(text, "".join(pieces), used, tokens, finish)
@@ -153,8 +157,9 @@ class Chat:
             if len(ids) <= (3 * room // 4 if dropped else room):
                 return ids, dropped
         if len(ids) >= self._context:
+            what = "this message and --system have" if self.system else "this message has"
             raise InputError(
-                f"this message has {len(ids):,} tokens and the model's context {self._context:,}; "
+                f"{what} {len(ids):,} tokens and the model's context {self._context:,}; "
                 "shorten it, or teach it with /learn"
             )
         return ids, dropped
@@ -199,7 +204,14 @@ class Chat:
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
             meant = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"no command {name}; {meant}/help shows them (a space before the / makes it a message)")
-        getattr(self, f"_{name[1:]}")(rest)
+        store = self.learner.store
+        before = store.overview() if name in ("/learn", "/undo", "/forget") else None
+        try:
+            getattr(self, f"_{name[1:]}")(rest)
+        except KeyboardInterrupt:
+            if before is not None and store.overview() != before:
+                raise KeyboardInterrupt(f"{name} was done already") from None
+            raise
         return True
 
     def use(self, domain: str) -> None:
@@ -217,8 +229,8 @@ class Chat:
         self.screen.result(record, f"answers come from {meaning}; domains: {known}")
 
     def _learn(self, rest: str) -> None:
-        named = re.fullmatch(r"--domain[ =](\S+)\s+(.*)", rest, re.DOTALL)
-        domain, what = (named[1], named[2]) if named else (self._taught(), rest)
+        named = re.fullmatch(r"--domain(?:=|\s+)(\S+)(?:\s+(.*))?", rest, re.DOTALL)
+        domain, what = (named[1], named[2] or "") if named else (self._taught(), rest)
         if not what:
             raise InputError("nothing to learn: /learn FILE or /learn TEXT")
         documents, label = _material(what)
@@ -237,6 +249,8 @@ class Chat:
         if not self.screen.confirm(f"Take {before.name} of {domain} ({before.source}) back?"):
             self.screen.note("nothing was undone")
             return
+        if self.learner.store.require(domain) != before:
+            raise InputError(f"{domain} was taught by another process meanwhile; nothing was undone")
         head = self.learner.undo(domain)
         now = f"{domain} is at {head.name}" if head else f"{domain} had no other lesson and is removed"
         if head is None:
@@ -248,15 +262,19 @@ class Chat:
         if not domain:
             raise InputError("/forget NAME: which domain?")
         self.learner.store.require(domain)
-        sources = [version.source for version in self.learner.store.versions(domain)]
+        versions = self.learner.store.versions(domain)
+        sources = [version.source for version in versions]
         if not self.screen.confirm(f"{forgetting_text(domain, sources)}. Erase it for good?"):
             self.screen.note("nothing was erased")
             return
+        if self.learner.store.versions(domain) != versions:
+            raise InputError(f"{domain} was changed by another process meanwhile; nothing was erased")
         gone = self.learner.forget(domain)
         self._leave(domain)
         record = {"command": "forget", "domain": domain, "forgotten": [version.name for version in gone]}
-        said = f"{domain} is forgotten: {count(len(gone), 'version')}; what was said and typed here is not, see /help"
-        self.screen.result(record, said)
+        typed = f"; {self.history} keeps what was typed" if self.history is not None else ""
+        said = f"this conversation still holds what was said, /clear drops it{typed}"
+        self.screen.result(record, f"{domain} is forgotten: {count(len(gone), 'version')}; {said}")
 
     def _leave(self, domain: str) -> None:
         """Do not go on answering from a domain that is gone."""
@@ -290,9 +308,18 @@ def _material(what: str) -> tuple[list[readers.Document], str]:
     path = _existing(what)
     if path is not None:
         return list(readers.read_documents([path])), path.name or str(path)
-    if not quoted and re.fullmatch(r"[~./]\S*|\S*/\S*|\S+\.[A-Za-z0-9]{1,5}", what):
+    words = [] if quoted else what.split()
+    if words and (words[0].startswith("--") or "--domain" in words):
+        raise InputError("/learn takes --domain NAME before the text and no other option; put such a text in quotes")
+    if words and all(map(_is_like_path, words)):
         raise InputError(f"{what}: no such file; if it is a text, put it in quotes")
+    if words and _is_like_path(words[0]) and _existing(words[0]) is not None:
+        raise InputError(f"{words[0]} is a file, but what follows is not: one at a time, and a text in quotes")
     return [readers.text_document(what, "text")], "text"
+
+
+def _is_like_path(word: str) -> bool:
+    return re.fullmatch(r"[~./].*|.*/.*|.+\.[A-Za-z0-9]{1,5}", word) is not None
 
 
 def _existing(what: str) -> Path | None:

@@ -4,6 +4,7 @@ Files from outside are checked before their values are read, and against the bas
 comes in becomes the first version of a new domain, without replay windows, Fisher or statistics for the router.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,22 @@ ADAPTER ./adapter.gguf
 def export_adapter(store: Store, domain: str, model: Path, out: Path, to: str) -> dict[str, Any]:
     """Write the current version of a domain into the folder `out`, which must be new or empty; says what it wrote.
 
-    `model` is the base's directory, `to` one of FORMATS. Raises InputError where `out` is taken, and nothing is left
-    there on any error.
+    `model` is the base's directory, `to` one of FORMATS. Raises InputError where `out` is taken or is the current
+    folder, and nothing is left there on any error.
     """
     if to not in FORMATS:
         raise InputError(f"{to!r} is no format to export to; there are: {', '.join(FORMATS)}")
     version = store.require(domain)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; name another folder or empty it first")
+    place = Path(os.path.realpath(out))  # of a link, where it leads: what is replaced is a folder
+    if Path.cwd().is_relative_to(place):
+        raise InputError(f"{out} is the current folder or holds it, and would be replaced; name a new folder")
     folder = store.files_of(version)
     config = _base(model)
     shapes = modeldir.expected_shapes(config)
     adapter = _read_mlx_lm(folder, shapes)
-    with atomic_folder(out, replace=out.exists()) as target:
+    with atomic_folder(place, replace=place.exists()) as target:
         if to == "mlx-lm":
             for name in (MLX_LM, CONFIG):
                 shutil.copyfile(folder / name, target / name)

@@ -52,21 +52,20 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 @_custom
-def _silu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+def _silu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
     sigmoid = 1 / (1 + mx.power(mx.array(2.0, x.dtype), x * -LOG2_E))
-    y = x * sigmoid
-    return y, sigmoid + y * (1 - sigmoid)
+    return x * sigmoid, sigmoid
 
 
-@_silu_and_slope.vjp
+@_silu_and_sigmoid.vjp
 def _silu_vjp(x: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
-    return cotangents[0] * outputs[1]
+    y, sigmoid = outputs
+    return cotangents[0] * (sigmoid + y * (1 - sigmoid))
 
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x), any shape."""
-    # The slope is only computed where a gradient asks for it.
-    return _silu_and_slope(x)[0] if on_cpu() else nn.silu(x)
+    return _silu_and_sigmoid(x)[0] if on_cpu() else nn.silu(x)
 
 
 @_custom
@@ -108,13 +107,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
     return (weights @ v).reshape(B, H, T, d)
 
 
-@_custom
-def _summed_loss(
+def _loss_and_slopes(
     hidden: mx.array, weight: mx.array, targets: mx.array, mask: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(sum of masked losses, its gradient by hidden (N, D), by weight (V, D)) of hidden (N, D) and targets (N,).
 
-    Chunk after chunk, so that the logits of all positions never exist at once. What is not asked for is not computed.
+    Chunk after chunk, so that the logits of all positions never exist at once.
     """
     total = mx.array(0.0)
     by_hidden: list[mx.array] = []
@@ -139,30 +137,35 @@ def _summed_loss(
     return total, mx.concatenate(by_hidden), by_weight
 
 
-@_summed_loss.vjp
-def _summed_loss_vjp(
-    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    hidden, weight, targets, mask = primals
-    scale = cotangents[0]
-    by_hidden, by_weight = (scale * slope for slope in outputs[1:])
-    return by_hidden.astype(hidden.dtype), by_weight.astype(weight.dtype), mx.zeros_like(targets), mx.zeros_like(mask)
-
-
 def summed_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """Sum over positions of mask * -log p(target), nats, scalar float32: the head and the loss in one.
 
     hidden (..., D), weight (V, D), targets and mask (...). Differentiable by hidden and weight.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return _summed_loss(flat, weight, targets.reshape(-1), mask.reshape(-1))[0]
+    # The slopes are closed over: as outputs of the function they would be computed whether or not they are asked for,
+    # and a frozen head's (V, D) costs as much as the logits.
+    flat, frozen = mx.stop_gradient(hidden.reshape(-1, hidden.shape[-1])), mx.stop_gradient(weight)
+    total, by_hidden, by_weight = _loss_and_slopes(flat, frozen, targets.reshape(-1), mask.reshape(-1))
+
+    @_custom
+    def loss(hidden: mx.array, weight: mx.array) -> mx.array:
+        return total
+
+    @loss.vjp
+    def slopes(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+        hidden, weight = primals
+        by_states = (cotangent * by_hidden).astype(hidden.dtype).reshape(hidden.shape)
+        return by_states, (cotangent * by_weight).astype(weight.dtype)
+
+    result: mx.array = loss(hidden, weight)
+    return result
 
 
 @_custom
 def _summed_divergence(
     hidden: mx.array, teacher: mx.array, weight: mx.array, mask: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """(sum of masked divergences, its gradient by hidden (N, D)), chunk after chunk as in `_summed_loss`."""
+    """(sum of masked divergences, its gradient by hidden (N, D)), chunk after chunk as in `_loss_and_slopes`."""
     total = mx.array(0.0)
     by_hidden = []
     for start in range(0, len(hidden), ROWS):

@@ -220,12 +220,14 @@ class ContinualLearner:
     def load_checkpoint(self, path: str | Path) -> None:
         """Go on with what `save_checkpoint` wrote; lessons are then added to that folder.
 
-        InputError where it belongs to another base or tokenizer, or is not there. The bare base is attached.
+        InputError where it belongs to another base or tokenizer, or holds no lessons. The bare base is attached.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
         store = self.store.beside(folder)
+        if not store.domains():
+            raise InputError(f"{folder}: no lessons in it; name a folder that save_checkpoint wrote")
         self.set_adapter(None)
         self.store = store
         self._router = Router(self.model, self.tokenizer, store)

@@ -30,6 +30,7 @@ INDEX = "model.safetensors.index.json"
 
 SHOWN = 10  # bad tensors that an error names
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_DIMENSIONS = 8  # of a tensor; numpy's limit is 64, and the product of many sizes takes long
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
@@ -220,7 +221,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
     offsets: Any = entry.get("data_offsets")
     if not isinstance(code, str) or code not in _DTYPES:
         raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(_DTYPES)} are read")
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    sizes = [n or 1 for n in shape] if _counts(shape) and len(shape) <= MAX_DIMENSIONS else []
+    sound = _counts(shape) and len(shape) <= MAX_DIMENSIONS and math.prod(sizes) < 2**60  # one of them may be 0
+    if not sound or not _counts(offsets) or len(offsets) != 2:
         raise DamagedFileError(
             f"{path}: tensor {name}: shape {shape!r:.60} and data_offsets {offsets!r:.60} make no sense"
         )

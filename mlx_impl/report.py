@@ -55,7 +55,7 @@ def report(
     """
     if tokens < 1:
         raise InputError(f"--tokens is {tokens}, at least 1 is needed to measure anything")
-    names = list(domains) if domains else learner.store.domains()
+    names = list(dict.fromkeys(domains)) if domains else learner.store.domains()
     if not names:
         raise InputError("nothing learned yet; teach it with `minimac-mlx learn`")
     histories = [_history(learner, name, tokens) for name in names]

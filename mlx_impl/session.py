@@ -147,12 +147,14 @@ class Session:
         batch = sample.tokens, sample.mask * sample.weights[:, None]
         if not self.distilling:
             return batch
-        with lora.bare(self.model):
-            known = self.model.hidden(sample.tokens[new:, :-1]) if len(sample.tokens) > new else None  # (B - new, T, D)
-        width = self.model.head_weight.shape[1]  # type: ignore[union-attr]
-        teacher = mx.zeros((new, sample.mask.shape[1], width))
-        if known is not None:
-            teacher = mx.concatenate([teacher, known.astype(mx.float32)])
+        head: Any = self.model.head_weight  # (V, D)
+        teacher = mx.zeros((new, sample.mask.shape[1], head.shape[1]), head.dtype)
+        if len(sample.tokens) > new:
+            self.model.train(False)  # what the base predicts, not what dropout makes of it
+            with lora.bare(self.model):
+                known = self.model.hidden(sample.tokens[new:, :-1])  # (B - new, T, D)
+            self.model.train()
+            teacher = mx.concatenate([teacher, known])
         mx.eval(teacher)
         behind = mx.arange(len(sample.tokens))[:, None] >= new  # (B, 1)
         return *batch, teacher, sample.mask * behind

@@ -210,10 +210,13 @@ class Store:
     def copy_to(self, target: Path) -> Path:
         """A copy of the whole store in a folder that is not there yet, taken while no writer is at work; returns it.
 
-        Raises InputError where the folder exists or nothing was learned, LockedError while a lesson is learned.
+        Raises InputError where the folder exists, lies in the store or nothing was learned, LockedError while a lesson
+        is learned.
         """
         if target.exists():
             raise InputError(f"{target} exists already; name another folder or remove it first")
+        if target.resolve().is_relative_to(self.folder.resolve()):
+            raise InputError(f"{target} lies in {self.folder}, of which it is to be a copy; name a folder elsewhere")
         if not self.database.exists():
             raise InputError("nothing was learned yet, so there is nothing to save")
         with files.locked(self.folder / _LOCK, str(self.folder)), files.atomic_folder(target) as folder:

@@ -20,7 +20,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from mlx_impl import files
 from mlx_impl.chat import COMMANDS, Chat
-from mlx_impl.errors import InputError
+from mlx_impl.console import silence
+from mlx_impl.errors import InputError, MiniMacError
 from mlx_impl.shell import harmless, printable, write
 
 PROMPT = "> "
@@ -37,6 +38,7 @@ class Terminal:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.interactive = is_interactive(as_json)
+        self.shows = sys.stdout is not None and sys.stdout.isatty()  # also where the lines come from a pipe
 
     def begin(self, domain: str | None) -> None:
         """The domain, before its answer."""
@@ -49,7 +51,7 @@ class Terminal:
     def piece(self, text: str) -> None:
         """A piece of the answer."""
         if not self.as_json:
-            write(harmless(text) if self.interactive else text)
+            write(harmless(text) if self.shows else text)
 
     def end(self, record: dict[str, Any]) -> None:
         """The end of the answer. Where nobody could take the next turn, an interruption ends the program."""
@@ -60,6 +62,8 @@ class Terminal:
             self.note("(stopped)")
         elif record["finish"] == "length" and self.interactive:
             self.note(f"(ends after {record['tokens']} tokens; --max-tokens gives it more)")
+        elif record["finish"] == "context" and self.interactive:
+            self.note(f"(ends after {record['tokens']} tokens: the model's context is full; /clear begins anew)")
 
     def result(self, record: dict[str, Any], text: str) -> None:
         """What a command did."""
@@ -68,8 +72,12 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """A line on stderr, which --quiet does not silence: errors come this way."""
-        if sys.stderr is not None:
+        if sys.stderr is None:
+            return
+        try:
             click.echo(_dim(printable(text), sys.stderr), err=True)
+        except BrokenPipeError:  # who reads stderr may leave
+            silence(sys.stderr)
 
     def confirm(self, question: str) -> bool:
         """Ask y/N; InputError where stdin is no terminal."""
@@ -88,10 +96,10 @@ def converse(chat: Chat, screen: Terminal) -> None:
         try:
             if not chat.handle(line):
                 return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if not screen.interactive:
                 raise
-            screen.note("interrupted; nothing was changed")
+            screen.note(f"interrupted; {str(interrupt) or 'nothing was changed'}")
 
 
 def _piped() -> Iterator[str]:
@@ -138,8 +146,8 @@ def _typed(chat: Chat, screen: Terminal) -> Iterator[str]:
 
 def _history() -> tuple[Path | None, History]:
     """The file that keeps what was typed, for its owner's eyes only, and prompt_toolkit's view of it."""
-    path = files.home() / "chat_history"
     try:
+        path = files.home() / "chat_history"
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600))
         path.chmod(0o600)
     except OSError:
@@ -185,7 +193,10 @@ class _Completer(Completer):
             yield from self.paths.get_completions(Document(rest), complete_event)
             return
         elif name in ("/domain", "/undo", "/forget", "/report"):
-            choices = [*self.chat.learner.store.domains(), *(["auto", "none"] if name == "/domain" else [])]
+            try:
+                choices = [*self.chat.learner.store.domains(), *(["auto", "none"] if name == "/domain" else [])]
+            except MiniMacError:  # the command itself will say it
+                return
             typed = rest
         else:
             return

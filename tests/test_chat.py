@@ -159,6 +159,19 @@ def test_a_message_longer_than_the_context_is_refused_and_forgotten(
     assert talk.handle(lessons.text(0, 2000))
     assert "tokens and the model's context 128; shorten it" in screen.notes[0]
     assert (talk.turns, screen.answers) == ([], [])
+    chat(learner, screen, system=lessons.text(0, 2000)).handle("Why?")
+    assert screen.notes[1].startswith("error: this message and --system have ")
+
+
+def test_an_answer_that_the_context_ends_says_so(learner: ContinualLearner, screen: Recording) -> None:
+    answer = chat(learner, screen, max_tokens=500).say("What is a name?")
+    assert answer.finish == "context"
+    assert answer.tokens < 128
+
+
+def test_an_empty_stop_string_is_refused_at_the_start(learner: ContinualLearner, screen: Recording) -> None:
+    with pytest.raises(InputError, match="stop string must not be empty"):
+        chat(learner, screen, stop=[".", ""])
 
 
 def test_an_interruption_keeps_what_was_said_and_the_next_answer_is_right(learner: ContinualLearner) -> None:
@@ -225,6 +238,48 @@ def test_the_next_answer_uses_what_was_learned_meanwhile(learner: ContinualLearn
     assert before.domain == after.domain == "main"
 
 
+def test_what_another_process_did_while_we_asked_is_left_alone(learner: ContinualLearner, tmp_path: Path) -> None:
+    learner.learn_from_text("The key lies under the pot.", budget=Budget(steps=1))
+    screen = Recording()
+
+    def confirm(question: str) -> bool:
+        learner.learn_from_text("Another lesson.", budget=Budget(steps=1))
+        return True
+
+    screen.confirm = confirm  # type: ignore[method-assign]
+    chat(learner, screen).handle("/undo")
+    assert learner.store.require("main").name == "v0002"
+    chat(learner, screen).handle("/forget main")
+    assert learner.store.require("main").name == "v0003"
+    assert ["meanwhile" in note for note in screen.notes] == [True, True]
+
+
+def test_an_interruption_after_the_lesson_does_not_deny_it(
+    learner: ContinualLearner, screen: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = learner.learn
+
+    def then_interrupted(*arguments: Any) -> None:
+        learn(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learner, "learn", then_interrupted)
+    with pytest.raises(KeyboardInterrupt, match="/learn was done already"):
+        chat(learner, screen).handle("/learn The key lies under the pot.")
+    monkeypatch.setattr(learner, "learn", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match=r"\A\Z"):
+        chat(learner, screen).handle("/learn The key lies under the pot.")
+
+
+def test_two_files_at_once_are_not_taken_for_a_text(
+    learner: ContinualLearner, screen: Recording, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.md").write_text("The key lies under the pot.")
+    chat(learner, screen).handle(f"/learn {tmp_path / 'notes.md'} and the rest")
+    assert "one at a time" in screen.notes[0]
+    assert learner.store.domains() == []
+
+
 def test_no_means_no(learner: ContinualLearner) -> None:
     learner.learn_from_text("The key lies under the pot.")
     screen = Recording(yes=False)
@@ -249,6 +304,10 @@ def test_no_means_no(learner: ContinualLearner) -> None:
         ("/learn", "nothing to learn"),
         ("/learn missing.md", "missing.md: no such file"),
         ("/learn ~nobody/notes", "~nobody/notes: no such file"),
+        ("/learn --domain keys", "nothing to learn"),
+        ("/learn missing.md other.md", "missing.md other.md: no such file"),
+        ("/learn notes.md --domain keys", "takes --domain NAME before the text"),
+        ("/learn --seconds 3 The key lies there.", "and no other option"),
         ("/learn --domain AB some text", "cannot name a domain"),
         (f"/learn --domain AB {'a' * 5000}", "cannot name a domain"),
         (f"/learn {'a' * 5000}\0", "binary, not text"),
@@ -299,6 +358,26 @@ def test_what_a_terminal_would_obey_is_made_harmless() -> None:
     scientist = "\U0001f469\u200d\U0001f52c"  # held together by a joiner, which is not printable by itself
     written = f"a\x1b]0;title\x07\r\x9b2J\u202eb\n\tc {scientist} é"
     assert harmless(written) == f"a\ufffd]0;title\ufffd\ufffd\ufffd2J\ufffdb\n\tc {scientist} é"
+
+
+def test_a_terminal_is_spared_also_where_lines_come_from_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    screen = terminal.Terminal()
+    assert not screen.interactive
+    screen.piece("a\x1b[2Jb")
+    assert capsys.readouterr().out == "a\ufffd[2Jb"
+
+
+def test_a_remark_that_nobody_reads_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        screen = terminal.Terminal()
+        for _ in range(2):
+            screen.note("error: nobody reads this")
 
 
 def test_piped_lines_are_answered_one_by_one(tmp_path: Path) -> None:

@@ -353,6 +353,24 @@ def test_export_refuses_what_is_there(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_export_does_not_replace_the_current_folder_nor_a_link(
+    base: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange.import_adapter(store, "medical", base, peft_folder(tmp_path / "theirs", base))
+    place = tmp_path / "place"
+    (place / "empty").mkdir(parents=True)
+    (place / "link").symlink_to("empty")
+    monkeypatch.chdir(place / "empty")
+    for out in (Path(), place / "empty", place / "link"):
+        with pytest.raises(InputError, match="is the current folder"):
+            exchange.export_adapter(store, "medical", base, out, "peft")
+    monkeypatch.chdir(tmp_path)
+    exchange.export_adapter(store, "medical", base, place / "link", "peft")
+    assert sorted(path.name for path in place.iterdir()) == ["empty", "link"]
+    assert (place / "empty" / "adapter_config.json").is_file()
+    assert (place / "link").is_symlink()
+
+
 # -- files that lie ----------------------------------------------------------------------------------------------
 
 
@@ -378,6 +396,12 @@ def huge_header(folder: Path) -> None:
     next(folder.glob("*.safetensors")).write_bytes((2**62).to_bytes(8, "little") + b"{}")
 
 
+def shaped(folder: Path, shape: list[int], size: int) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(size)
+    next(folder.glob("*.safetensors")).write_bytes(content)
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 K = "base_model.model.model.layers.1.self_attn.k_proj"
 
@@ -392,6 +416,16 @@ def two_wrong(arrays: dict[str, np.ndarray]) -> None:
     [
         (cut, ["cut off"]),
         (huge_header, ["header of 4,611,686,018,427,387,904 bytes"]),
+        (lambda f: shaped(f, [1] * 100, 4), ["tensor x: shape [1, 1, ", "make no sense"]),
+        (lambda f: shaped(f, [0, 2**62, 2**62], 0), ["tensor x: shape [0, 46", "make no sense"]),
+        (
+            lambda f: rewritten(f, lambda t: t.update({f"{Q[17:]}.lora_A.weight": t[f"{Q}.lora_A.weight"]})),
+            ["there under another name too: "],
+        ),
+        (
+            lambda f: changed_config(f, lora_alpha=1e-30, alpha_pattern={"up_proj": 1e30}),
+            ["mlp.up_proj.lora_b", "not finite"],
+        ),
         (lambda f: rewritten(f, two_wrong), ["self_attn.q_proj: [32, 3] and [3, 31]", "k_proj lacks its first half"]),
         (lambda f: rewritten(f, lambda t: t[f"{Q}.lora_A.weight"].fill(np.nan)), ["q_proj: 96 values are not finite"]),
         (lambda f: rewritten(f, lambda t: t.update({"x.weight": np.ones(2, np.float32)})), ["x.weight"]),
@@ -468,6 +502,14 @@ def test_what_is_no_adapter(base: Path, store: Store, tmp_path: Path) -> None:
     torch.save({"model_state_dict": {}}, tmp_path / "model.pt")
     with pytest.raises(DamagedFileError, match="has a state_dict and a lora_config"):
         exchange.import_adapter(store, "medical", base, tmp_path / "model.pt")
+    writer = gguf.GGUFWriter(tmp_path / "array.gguf", "llama")
+    writer.add_array("general.type", [1, 2])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="no LoRA adapter for a Llama model"):
+        exchange.import_adapter(store, "medical", base, tmp_path / "array.gguf")
     whole = tiny_models.write_gguf(tmp_path / "model.gguf")
     with pytest.raises(InputError, match="no LoRA adapter for a Llama model"):
         exchange.import_adapter(store, "medical", base, whole)
@@ -486,7 +528,13 @@ def test_a_pt_file_runs_no_code_and_claims_no_more_than_it_holds(
     monkeypatch.chdir(tmp_path)
     lora = {"r": 3, "alpha": 6.0}
     name = "layers.0.attention.q_proj.lora_A"
+    itself: list[Any] = []
+    itself.append(itself)
+    once = torch.zeros(100, 100)
     for value, words in (
+        ({"lora_config": {"r": 3, "alpha": itself}, "state_dict": {}}, "alpha is a list"),
+        ({"lora_config": lora, "state_dict": {name: torch.zeros(3, 32, device="meta")}}, "without values"),
+        ({"lora_config": lora, "state_dict": {f"{name}{n}": once for n in range(9)}}, "claims more than"),
         (Evil(), "not read as a .pt file of tensors"),
         ({"lora_config": lora, "state_dict": {name: torch.zeros(1).expand(10**6, 10**6)}}, "claims more than"),
         ({"lora_config": lora, "state_dict": {name: "x"}}, "not a tensor"),
@@ -498,9 +546,12 @@ def test_a_pt_file_runs_no_code_and_claims_no_more_than_it_holds(
         with pytest.raises(DamagedFileError, match=words):
             exchange.import_adapter(store, "medical", base, tmp_path / "adapter.pt")
     assert not Path("evil").exists()
-    (tmp_path / "adapter.pt").write_bytes(b"PK nothing")
-    with pytest.raises(DamagedFileError, match=r"no \.pt file"):
-        exchange.import_adapter(store, "medical", base, tmp_path / "adapter.pt")
+    content = bytearray((tmp_path / "adapter.pt").read_bytes())
+    content[content.find(b"PK\x01\x02") + 6] = 99  # the version of zip that is needed
+    for damaged in (bytes(content), b"PK nothing"):
+        (tmp_path / "adapter.pt").write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=r"no \.pt file"):
+            exchange.import_adapter(store, "medical", base, tmp_path / "adapter.pt")
 
 
 @pytest.mark.parametrize("to", ["gguf", "original", "mlx-lm"])

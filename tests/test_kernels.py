@@ -1,5 +1,6 @@
 """The operations rewritten for a CPU against MLX's own, values and gradients."""
 
+import io
 from functools import partial
 
 import mlx.core as mx
@@ -86,6 +87,28 @@ def test_the_loss_in_chunks_is_that_of_whole_logits(monkeypatch: pytest.MonkeyPa
     assert_same(ours(hidden, weight), theirs(hidden, weight))
     for a, b in zip(*(mx.grad(f, argnums=(0, 1))(hidden, weight) for f in (ours, theirs)), strict=True):
         assert_same(a, b)
+
+
+def operations(*arrays: mx.array) -> str:
+    """The graph that evaluating arrays would run, in Graphviz's language."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue()
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    hidden, weight, targets, mask = drawn(4, 8), drawn(30, 8, seed=1), mx.array([0, 1, 2, 3]), mx.ones(4)
+    mx.eval(hidden)  # not part of the graph
+
+    def loss(hidden: mx.array, weight: mx.array) -> mx.array:
+        return kernels.summed_cross_entropy(hidden, weight, targets, mask)
+
+    value, by_hidden = mx.value_and_grad(loss)(hidden, weight)
+    everything, slopes = mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight)
+    graphs = operations(loss(hidden, weight)), operations(value, by_hidden), operations(everything, *slopes)
+    assert [graph.count("Matmul") for graph in graphs] == [1, 2, 3]
+    if kernels.on_cpu():
+        assert "Subtract" not in operations(kernels.silu(hidden))  # as in the slope
 
 
 def test_the_loss_of_logits_that_overflow_an_exponential() -> None:

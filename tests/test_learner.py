@@ -22,7 +22,7 @@ from lessons import SETTINGS, TEXT, opened, text, tiny_base, tiny_tokenizer
 
 from mlx_impl import adapters, files, learner, lora, session
 from mlx_impl.arrays import flatten
-from mlx_impl.config import Budget
+from mlx_impl.config import LEAST_STEPS, Budget
 from mlx_impl.data import tokens_of
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, NonFiniteLossError
 from mlx_impl.learner import ContinualLearner, Lesson
@@ -272,6 +272,20 @@ def test_nothing_to_learn(base: Path, tmp_path: Path, words: str) -> None:
     with pytest.raises(InputError, match="nothing to predict"):
         opened(base, tmp_path / "s").learn([])
     assert not (tmp_path / "s").exists()
+
+
+def test_a_short_text_is_gone_over_again(base: Path, tmp_path: Path) -> None:
+    sentence = "The office key is under the third flower pot."
+    assert opened(base, tmp_path / "a").learn_from_text(sentence).steps == LEAST_STEPS
+    once = opened(base, tmp_path / "b").learn_from_text(sentence, budget=Budget(epochs=1))
+    assert once.steps == 1
+    learner = opened(base, tmp_path / "c", batch_size=1)
+    windows = math.ceil(len(learner.tokenizer.encode(text(1, 3000))) / 32)
+    assert windows > LEAST_STEPS
+    assert learner.learn_from_text(text(1, 3000)).steps == windows
+    again = learner.learn_from_text(sentence)
+    assert again.steps == LEAST_STEPS
+    assert again.replayed_tokens > 0
 
 
 @pytest.mark.parametrize("budget", [{"seconds": 0}, {"epochs": -1}, {"steps": 0}, {"seconds": math.nan}])
