@@ -124,7 +124,8 @@ def _resampled_forgetting(cell: dict[str, Any], name: str, counts: Counts) -> Fl
     """ppl_forget of a text (S,) on documents drawn with replacement: the same for all methods, others of each text."""
     learned = cell["order"].index(name)
     sums = [stage[name] for stage in cell["stages"][learned:]]
-    losses = resampled_losses(sums, counts[name], SAMPLES, seed=sorted(counts).index(name))  # (S, stages from its own on)
+    seed = sorted(counts).index(name)
+    losses = resampled_losses(sums, counts[name], SAMPLES, seed)  # (S, stages from its own on)
     return 100 * np.expm1(losses[:, -1] - losses[:, :-1].min(axis=1))
 
 

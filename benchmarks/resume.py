@@ -97,8 +97,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options that every benchmark of lessons has."""
+def add_common_options(parser: argparse.ArgumentParser, name: str, quick: bool = True) -> None:
+    """Options that every benchmark of lessons has; `quick` if it has a small version."""
     parser.add_argument("--model", type=Path, help="model directory  [default: the last one pulled]")
     parser.add_argument(
         "--work", type=Path, default=WORK / name, help=f"resumable state  [default: {WORK.name}/{name}]"
@@ -112,7 +112,10 @@ def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="NAME=VALUE",
         help="a setting of the lessons, a field of ContinualLearningConfig, such as learning_rate=3e-4",
     )
-    parser.add_argument("--quick", action="store_true", help="a small version, to see that it works; records nothing")
+    if quick:
+        parser.add_argument(
+            "--quick", action="store_true", help="a small version, to see that it works; records nothing"
+        )
 
 
 def lesson_settings(pairs: Sequence[str], base: ContinualLearningConfig) -> ContinualLearningConfig:

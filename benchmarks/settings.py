@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3", help="learning rates  [default: 1e-3,2e-3,4e-3]")
     parser.add_argument("--valid", action="store_true", help="measure on NAME/valid.txt: not for choosing settings")
     parser.add_argument("--name", default="settings", help="results are written under this name")
-    add_common_options(parser, "settings")
+    add_common_options(parser, "settings", quick=False)
     options = parser.parse_args(arguments)
+    if options.valid and options.data is None:
+        parser.error("--valid needs --data DIR")
     model = options.model or default_model()
     tokenizer = Tokenizer.load(model)
     sources = library_sources() if options.data is None else folder_sources(options.data)

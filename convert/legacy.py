@@ -72,7 +72,7 @@ def _plain(value: Any, torch: Any, path: Path, room: int) -> Any:
 
 
 def _mapped(value: Any, kind: type, function: Any, depth: int = 2) -> Any:
-    """The value with `function` applied to all of a kind that its dictionaries hold; `depth`: they may hold themselves."""
+    """The value with `function` applied to all of a kind in its dictionaries; not deeper: they may hold themselves."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict) and depth:

@@ -250,7 +250,7 @@ class Chat:
             self.screen.note("nothing was undone")
             return
         if self.learner.store.require(domain) != before:
-            raise InputError(f"{domain} was taught by another process meanwhile; nothing was undone")
+            raise InputError(f"{domain} was changed by another process meanwhile; nothing was undone")
         head = self.learner.undo(domain)
         now = f"{domain} is at {head.name}" if head else f"{domain} had no other lesson and is removed"
         if head is None:

@@ -545,9 +545,9 @@ class ContinualLearner:
     def answer(self, prompt: str, domain: str | None = None, max_tokens: int = 64) -> str:
         """What `domain` says to a person's message, greedily: through the chat template where the model has one."""
         ids = generate.prompt_ids(self.tokenizer, prompt)
+        self.choose(domain, ids)  # a chat template says nothing about what the prompt is about
         if self.tokenizer.has_chat_template:
             ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        self.choose(domain, ids)
         return generate.complete(self.model, self.tokenizer, ids, max_tokens).text
 
     def generate(self, prompt: str, max_length: int = 100, **sampling: Any) -> str:

@@ -221,8 +221,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
     offsets: Any = entry.get("data_offsets")
     if not isinstance(code, str) or code not in _DTYPES:
         raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(_DTYPES)} are read")
-    sizes = [n or 1 for n in shape] if _counts(shape) and len(shape) <= MAX_DIMENSIONS else []
-    sound = _counts(shape) and len(shape) <= MAX_DIMENSIONS and math.prod(sizes) < 2**60  # one of them may be 0
+    sound = _counts(shape) and len(shape) <= MAX_DIMENSIONS
+    if sound and 0 in shape:  # no bytes, whatever the others are; numpy multiplies them all the same
+        sound = math.prod(n or 1 for n in shape) < 2**60
     if not sound or not _counts(offsets) or len(offsets) != 2:
         raise DamagedFileError(
             f"{path}: tensor {name}: shape {shape!r:.60} and data_offsets {offsets!r:.60} make no sense"

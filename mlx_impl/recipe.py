@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import yaml
 
-from mlx_impl import checkpoint, data, files, modeldir, readers
+from mlx_impl import checkpoint, data, files, kernels, modeldir, readers
 from mlx_impl.config import PRESETS, ModelConfig, TrainConfig, checked
 from mlx_impl.device import dtype_name, memory_bytes, training_dtype
 from mlx_impl.errors import InputError
@@ -216,16 +216,16 @@ def forecast(trainer: Trainer, tokens: int) -> Event:
 def predicted_step_seconds(config: ModelConfig, tokens: int, length: int) -> float:
     """Seconds of one optimizer step: multiplications, exponentials (which MLX's CPU backend is slow at), AdamW.
 
-    6 floating-point operations a token for each weight that multiplies (Kaplan et al. 2020); two exponentials,
-    forward and backward, for each logit, attention score and SwiGLU unit; for each weight's update about the time of
-    one.
+    6 floating-point operations a token for each weight that multiplies (Kaplan et al. 2020); the time of two
+    exponentials, forward and backward, for each logit, attention score and SwiGLU unit; for each weight's update about
+    that of one.
     """
     unused = 0 if config.tie_embeddings else config.vocab_size * config.d_model
     products = 6 * tokens * (config.num_parameters() - unused)
     layer = config.num_query_heads * length + config.d_ff
     exponentials = 2 * tokens * (config.vocab_size + config.num_layers * layer) + config.num_parameters()
     a = mx.random.normal((512, 512), key=mx.random.key(0))
-    return products / _rate(lambda: a @ a, 2 * 512**3) + exponentials / _rate(lambda: mx.exp(a), a.size)
+    return products / _rate(lambda: a @ a, 2 * 512**3) + exponentials / _rate(lambda: kernels.exp(a), a.size)
 
 
 def _rate(compute: Callable[[], mx.array], work: int) -> float:

@@ -81,16 +81,16 @@ def _trimmed(row: Window) -> Window:
 def split_rows(batch_size: int, ratio: float, step: int) -> tuple[int, int]:
     """(new, replayed) rows of 0-based `step`: new is at least 1, and over many steps `ratio` of all are replayed.
 
-    A batch has `batch_size` rows at every step, so that its shape never changes, but 2 instead of 1 where anything is
-    to be replayed, because one row cannot be both. Fractions alternate: the sum up to a step is the exact one, rounded.
-    A `ratio` that leaves less than one new row replays all rows but one. InputError unless 0 <= ratio < 1.
+    A batch has `batch_size` rows at every step, so that its shape never changes. One row cannot be both: with a
+    `batch_size` of 1 there is always a new one, and as often as `ratio` wants it a replayed one beside it. Fractions
+    alternate: the sum up to a step is the exact one, rounded. A `ratio` that leaves less than one new row replays all
+    rows but one. InputError unless 0 <= ratio < 1.
     """
     if batch_size < 1 or not 0 <= ratio < 1:
         raise InputError(f"batch_size {batch_size} must be at least 1 and replay_ratio {ratio} in [0, 1)")
-    rows = max(batch_size, 2) if ratio else batch_size
-    wanted = min(rows * ratio, rows - 1)
+    wanted = min(ratio / (1 - ratio), 1) if batch_size == 1 else min(batch_size * ratio, batch_size - 1)
     replayed = math.floor((step + 1) * wanted + 0.5) - math.floor(step * wanted + 0.5)
-    return rows - replayed, replayed
+    return (1 if batch_size == 1 else batch_size - replayed), replayed
 
 
 class ReplayBuffer:

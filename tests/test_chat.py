@@ -14,12 +14,12 @@ from typing import Any
 
 import lessons
 import pytest
-from terminal import isolate, run, start, write_model
+from terminal import TEXT, isolate, run, start, write_model
 
 from mlx_impl import terminal
 from mlx_impl.chat import COMMANDS, Chat
 from mlx_impl.config import Budget
-from mlx_impl.errors import InputError
+from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.generate import Sampling, complete
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.shell import harmless
@@ -396,6 +396,14 @@ def test_piped_lines_are_answered_one_by_one(tmp_path: Path) -> None:
     assert (done.code, done.err, done.out.isascii()) == (0, "", True)
 
 
+def test_report_is_what_the_command_prints(tmp_path: Path) -> None:
+    options = ("-m", write_model(tmp_path / "model"), "--quiet")
+    run("learn", *options, "--text", TEXT, "--steps", "2")
+    alone = run("report", *options, "--out", tmp_path / "report")
+    assert alone.out.startswith("main: 1 lesson")
+    assert run("chat", *options, stdin=b"/report\n").out == alone.out
+
+
 def test_piped_lines_must_be_text_and_nothing_is_asked(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     done = run("chat", "-m", model, stdin=b"/undo\n\xff\n")
@@ -515,3 +523,11 @@ def test_tab_knows_commands_files_and_domains(
     assert offered("/undo k") == ["/undo keys"]
     assert offered("/learn no") == ["/learn notes.md"]
     assert offered("hello") == offered("/help x") == []
+    monkeypatch.setattr(learner.store, "domains", lambda: (_ for _ in ()).throw(DamagedFileError("damaged")))
+    assert offered("/undo k") == []
+
+
+def test_without_a_place_for_it_what_is_typed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("MINIMAC_HOME", str(tmp_path / "file" / "home"))
+    assert terminal._history()[0] is None

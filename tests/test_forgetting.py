@@ -122,3 +122,24 @@ def test_figures_by_hand() -> None:
     assert routing["accuracy"] == pytest.approx(0.75)
     assert routing["texts"]["a"]["ppl_rise_percent"] == pytest.approx(100 * math.expm1(0.2))
     assert routing["ppl_rise_percent"] == pytest.approx(50 * math.expm1(0.2))
+
+    other = {**sequence, "order": ["b", "a"], "stages": [{"b": [15.0, 15.0]}, {**second, "general": [40.0, 40.0]}]}
+    figures = figures_of({"domains": [domains], "lora": [sequence, other]}, base, counts, {"lora": "", "domains": ""})
+    assert figures["orders"] == 2
+    both = figures["methods"]["lora"]["untaught_ppl_percent"]["general"]
+    assert both == pytest.approx(50 * math.expm1(0.1))
+
+
+def test_documents_of_each_text_are_drawn_by_themselves() -> None:
+    """Two texts forgotten alike: where one's worst documents are drawn, the other's need not be."""
+    counts = {name: np.full(8, 10.0) for name in "abc"}
+    learned, forgotten = [10.0] * 8, list(np.linspace(10.0, 14.0, 8))
+    stages = [{"a": learned}, {"a": learned, "b": learned}, {"a": forgotten, "b": forgotten, "c": learned}]
+    cost = {"steps": 1, "new_tokens": 1, "replayed_tokens": 0, "seconds": 1.0}
+    cells = {name: [{"order": list("abc"), "stages": stages, "cost": cost}] for name in ("lora", "ewc")}
+    base = {name: [30.0] * 8 for name in "abc"}
+    figures = figures_of(cells, base, counts, {"lora": "", "ewc": ""})["methods"]
+    worst, average = (figures["lora"]["ppl_forget_percent"][which] for which in ("worst", "mean"))
+    assert worst["value"] == pytest.approx(average["value"])
+    assert worst["low"] > average["low"] + 0.5  # of the same documents in both, the worst would be the mean
+    assert figures["ewc"] == {**figures["lora"], "title": ""}  # all methods on the same documents

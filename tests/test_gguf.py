@@ -131,6 +131,9 @@ def test_llama3_rope_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        ({"llama__expert_count": [8, 8]}, DamagedFileError, "expert_count is an array"),
+        ({"general__architecture": [1, 2]}, DamagedFileError, "general.architecture is an array"),
+        ({"llama__rope__scaling__type": [1, 2]}, DamagedFileError, "rope.scaling.type is an array"),
         ({"llama__expert_count": 8}, InputError, "mixture of 8 experts"),
         ({"llama__rope__scaling__type": "yarn"}, InputError, "'yarn'"),
         ({"llama__rope__dimension_count": 8}, InputError, "rope.dimension_count is 8, only head_dim = 16"),

@@ -3,24 +3,30 @@
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from lessons import opened, text, tiny_base, tiny_tokenizer
 
 import cli
-from mlx_impl import kernels, lora
+from mlx_impl import kernels, lora, session
 from mlx_impl.arrays import flatten
 from mlx_impl.config import Budget, ContinualLearningConfig, ModelConfig
 from mlx_impl.errors import InputError, LockedError
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.loss import distilled_loss_of, loss_of
 from mlx_impl.memory import lesson_bytes, pretraining_bytes
+from mlx_impl.model import ContinualLLM
 from mlx_impl.readers import text_document
 from mlx_impl.replay import Sample, extend
+from mlx_impl.router import Routing
+from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Windows
 
 STEPS = Budget(steps=4)
@@ -129,6 +135,34 @@ def test_distillation_alone_changes_a_second_lesson_and_no_first(base: Path, tmp
     assert not same(arrays[0.0][1], arrays[1.0][1])
 
 
+def test_the_teacher_is_the_base_without_dropout(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spied(model: ContinualLLM, weight: float) -> Callable:
+        loss = distilled_loss_of(model, weight)
+
+        def noted(parameters: Any, *batch: mx.array) -> tuple[mx.array, mx.array]:
+            seen.append(batch)
+            return loss(parameters, *batch)
+
+        return noted
+
+    monkeypatch.setattr(session, "distilled_loss_of", spied)
+    learner = opened(base, tmp_path / "s", distill_weight=1.0, base_ratio=0.5)
+    for layer in learner.model.layers:
+        layer._dropout = nn.Dropout(0.5)
+    general = [text_document(text(9, 4000), "general")]
+    learner.learn_from_text(text(1), budget=STEPS)
+    learner.learn([text_document(text(2), "new")], budget=STEPS, like_base=general)
+    assert len(seen) == STEPS.steps
+    for tokens, _, teacher, distilled in seen:
+        with lora.bare(learner.model):
+            expected = learner.model.hidden(tokens[:, :-1])
+        counted = distilled.max(axis=1) > 0
+        assert 0 < counted.sum().item() < len(tokens)
+        np.testing.assert_allclose(*(np.array(x)[np.array(counted)] for x in (teacher, expected)), atol=1e-5)
+
+
 # -- text like the base's ----------------------------------------------------------------------------------------------
 
 
@@ -205,6 +239,18 @@ def test_probe_and_base_data_on_the_command_line(base: Path, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     assert "before:" in done.stdout
     assert "after:" in done.stdout
+
+
+def test_an_answer_is_routed_by_the_prompt_and_not_by_its_template(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = opened(base, tmp_path / "s")
+    plain, template, routed = learner.tokenizer.encode("What is it?"), [3] * 20, []
+    monkeypatch.setattr(Tokenizer, "has_chat_template", True)
+    monkeypatch.setattr(Tokenizer, "encode_chat", lambda self, turns: template + self.encode(turns[0]["content"]))
+    monkeypatch.setattr(learner, "route", lambda ids: (routed.append(ids), Routing(None, {}))[1])
+    learner.answer("What is it?", max_tokens=1)
+    assert routed == [plain]
 
 
 def test_base_data_that_is_not_there(base: Path, tmp_path: Path) -> None:
@@ -288,6 +334,14 @@ def test_a_checkpoint_is_gone_on_with(base: Path, tmp_path: Path) -> None:
         learner.save_checkpoint(saved)
     with pytest.raises(InputError, match="no such folder"):
         learner.load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no lessons in it"):
+        learner.load_checkpoint(tmp_path / "empty")
+    with pytest.raises(InputError, match="lies in"):
+        learner.save_checkpoint(saved / "backup")
+    assert learner.store.folder == saved
+    assert len(learner.store.history("main")) == 2
+    assert not (saved / "backup").exists()
 
 
 def test_no_checkpoint_is_taken_while_a_lesson_is_learned(base: Path, tmp_path: Path) -> None:

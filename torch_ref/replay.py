@@ -76,9 +76,11 @@ def split_rows(batch_size: int, ratio: float, step: int) -> tuple[int, int]:
     """(new, replayed) rows of a step: what was replayed before it and what was after it, both rounded half up."""
     if not ratio:
         return batch_size, 0
-    rows = max(2, batch_size)
-    before, after = (math.floor(n * min(rows * ratio, rows - 1) + 0.5) for n in (step, step + 1))
-    return rows - (after - before), after - before
+    if batch_size == 1:  # the new row stays, others come to it: ratio of 1 + x rows are x of them
+        before, after = (math.floor(n * min(ratio / (1 - ratio), 1) + 0.5) for n in (step, step + 1))
+        return 1, after - before
+    before, after = (math.floor(n * min(batch_size * ratio, batch_size - 1) + 0.5) for n in (step, step + 1))
+    return batch_size - (after - before), after - before
 
 
 class ReplayBuffer:
