@@ -15,11 +15,13 @@ DIR holds NAME/train.txt and NAME/valid.txt, documents separated by blank lines.
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,17 +211,17 @@ class Experiment:
     def _domains(self, config: ContinualLearningConfig, order: list[str], key: str) -> dict[str, Any]:
         """A domain for each text; measured by name, and each window as its first tokens are routed."""
         learner = self._learner(config, self.work.folder / key)
-        before: dict[str, mx.array] = {}
+        before: dict[str, str] = {}
         for name in order:
             if not learner.store.history(name):
                 self._teach(learner, self.texts.train[name], name, name)
             learner.set_adapter(name)
-            before[name] = self._probe(learner.model, name)
+            before[name] = self.work.once(f"{key}/logits/{name}", partial(self._probe, learner.model, name))
         nats: dict[str, Nats] = {}
         same = []
         for name in order:
             learner.set_adapter(name)
-            same.append(mx.array_equal(before[name], self._probe(learner.model, name)).item())
+            same.append(before[name] == self._probe(learner.model, name))
             nats |= self._measure(learner.model, [name])
         routed = self._routed(learner)
         return {"order": order, "texts": nats, "bit_identical": all(same), "routed": routed, **_cost(learner)}
@@ -290,11 +292,10 @@ class Experiment:
         windows = evaluation_windows(text, self.config.seq_len, self.config.seq_len, ROWS)
         return np.concatenate([part.nats for part in predictions(model, windows)])
 
-    def _probe(self, model: ContinualLLM, name: str) -> mx.array:
-        """Logits of a text's first window."""
+    def _probe(self, model: ContinualLLM, name: str) -> str:
+        """Hash of the logits of a text's first window."""
         logits = model(mx.array(self.texts.valid[name].ids[: self.config.seq_len])[None])
-        mx.eval(logits)
-        return logits
+        return hashlib.sha256(np.array(logits.astype(mx.float32)).tobytes()).hexdigest()
 
     def _routed(self, learner: ContinualLearner) -> dict[str, Any]:
         """Windows routed by their first tokens and measured on the rest, beside the text's own domain or the base.
@@ -420,7 +421,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = Experiment(model, work, config, texts, rates)
     orders = orders_of(texts.names, options.orders, options.seed)
     if options.report:
-        methods = [name for name in methods if f"{name}/0" in work]
+        methods = [name for name in methods if all(f"{name}/{n}" in work for n in _numbered(name, options.orders))]
+        if not methods:
+            parser.error(f"nothing is finished yet in {work.folder}")
     else:
         seconds = predicted_seconds(experiment, methods, options.orders, options.tokens, options.measured)
         say(f"at most {duration(seconds)} for {len(methods)} methods, less what is in {work.folder}")
@@ -430,6 +433,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot(figures, RESULTS / f"{name}.png")
     record(name, {"model": model.name, "tokens": options.tokens, **figures}, module="forgetting")
     print(table(figures))
+
+
+def _numbered(name: str, orders: int) -> range:
+    """The orders in which a method is run: one where the order makes no difference."""
+    return range(orders if METHODS[name].kind in ("shared", "full") else 1)
 
 
 def _numbers(values: str) -> tuple[float, ...]:
@@ -442,7 +450,7 @@ def run(experiment: Experiment, methods: Sequence[str], orders: list[list[str]])
     cells: Cells = {}
     for number, order in enumerate(orders):
         for name in methods:
-            if number == 0 or METHODS[name].kind in ("shared", "full"):
+            if number in _numbered(name, len(orders)):
                 cells.setdefault(name, []).append(experiment.cell(name, order, number))
     counts = {
         name: document_sums(np.ones(len(text) - 1), text, experiment.tokenizer.eos_id)[0]

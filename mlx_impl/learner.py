@@ -307,7 +307,7 @@ class ContinualLearner:
                 "event": "begin",
                 "tokens": len(train),
                 "heldout": len(heldout) if heldout is not None else 0,
-                "predicted_memory": self._predicted_memory(len(train)),
+                "predicted_memory": self._predicted_memory(len(train), bool(history), bool(like_base)),
             }
         )
 
@@ -320,7 +320,9 @@ class ContinualLearner:
         past = recall(self.store, parent, self.model, self.config, seed, budget, length)
         past.source, past.importance = source, importance
         end = started + budget.seconds
-        general = data.tokens_of(like_base, self.tokenizer) if like_base else None
+        general = None
+        if like_base:
+            general = data.tokens_of(self._affordable(list(like_base), budget, report), self.tokenizer)
         deadline = end - measuring.seconds
         session = Session(
             self.model, self.config, train, past, seed % 2**32, budget, deadline, measuring.speed, general
@@ -363,11 +365,14 @@ class ContinualLearner:
         self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
 
-    def _predicted_memory(self, tokens: int) -> int:
+    def _predicted_memory(self, tokens: int, replayed: bool, like_base: bool) -> int:
         """Bytes at the peak of the lesson's steps, if the time allows whole batches."""
         c = self.config
+        rows = c.batch_size + (like_base and c.base_ratio > 0)
+        if replayed and c.replay_ratio > 0 and c.batch_size == 1:
+            rows += 1  # see replay.split_rows
         adapter = lora.num_parameters(lora.adapter_arrays(self.model))
-        return lesson_bytes(self.model.config, adapter, c.batch_size, min(c.seq_len, tokens - 1))
+        return lesson_bytes(self.model.config, adapter, rows, min(c.seq_len, tokens - 1))
 
     def _attach(self, parent: Version | None, key: mx.array) -> lora.LoRAConfig:
         """Attach the adapter as the lesson begins, a fresh one or its parent's; a domain keeps the shape it has."""

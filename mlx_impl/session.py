@@ -157,7 +157,7 @@ class Session:
             teacher = mx.concatenate([teacher, known])
         mx.eval(teacher)
         behind = mx.arange(len(sample.tokens))[:, None] >= new  # (B, 1)
-        return *batch, teacher, sample.mask * behind
+        return *batch, teacher, batch[1] * behind
 
     def _refresh(self, sample: Sample) -> None:
         """Note what the replayed windows of a batch cost now, for the next draws: one more forward pass over them."""
