@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,3 +114,15 @@ def test_parity_figures_are_those_of_the_file() -> None:
         same = "yes" if figures["same_greedy_tokens"] else "no"
         assert f"| {name} | {figures['largest_difference']:.1e} | {same} |" in README
         assert figures["largest_difference"] <= 1e-3
+
+
+def test_routing_and_settings_figures_are_those_of_the_files() -> None:
+    def result(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+        return found
+
+    told, routing = " ".join(README.split()), result("routing")
+    right, rise = routing["by_prefix"]["64"]["router"]["accuracy"], routing["rest"]["mean_loss_percent"]
+    assert f"{100 * right:.0f} % right, perplexity of the rest {rise:.2f} % above" in told
+    (ours,), (plain,) = (result(f"settings_40960{end}")["settings"].values() for end in ("", "_plain"))
+    assert f"falls by {ours['gain']:.3f} nats per token with the defaults, by {plain['gain']:.3f} with a plain" in told
