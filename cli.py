@@ -113,7 +113,7 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
 @click.option("--source", help="what list calls the lesson  [default: the file's name]")
 @setting(Budget, "seconds")
 @setting(Budget, "steps", kind=int)
-@setting(Budget, "epochs")
+@setting(Budget, "epochs", kind=float)
 @setting(ContinualLearningConfig, "learning_rate", "--lr")
 @setting(ContinualLearningConfig, "lora_r", "--rank", click.IntRange(1))
 @setting(ContinualLearningConfig, "batch_size")
