@@ -395,14 +395,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"learning rates to choose from, of {' and '.join(RATES)}; one alone is taken as it is",
     )
     parser.add_argument("--report", action="store_true", help="measure nothing, write what is there")
-    add_common_options(parser, "forgetting")
+    parser.add_argument("--quick", action="store_true", help="invented languages on a tiny model: a minute or two")
+    add_common_options(parser, "forgetting", quick=False)
     options = parser.parse_args(arguments)
     methods = options.methods.split(",")
     unknown = sorted({*methods} - {*METHODS})
     if unknown:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if options.quick:
-        print(table(quick(options.work, options.seed, methods)))
+        written("forgetting_quick", quick(options.work, options.seed, methods))
         return
     if options.data is None:
         parser.error("--data DIR or --quick is needed")
@@ -429,9 +430,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"at most {duration(seconds)} for {len(methods)} methods, less what is in {work.folder}")
     figures = run(experiment, methods, orders)
     figures["missing"] = sorted({*METHODS} - {*methods})
-    name = f"forgetting_{options.tokens}"
+    written(f"forgetting_{options.tokens}", {"model": model.name, "tokens": options.tokens, **figures})
+
+
+def written(name: str, figures: dict[str, Any]) -> None:
+    """Write JSON and plot into the results, and print the table."""
     plot(figures, RESULTS / f"{name}.png")
-    record(name, {"model": model.name, "tokens": options.tokens, **figures}, module="forgetting")
+    record(name, figures, module="forgetting")
     print(table(figures))
 
 

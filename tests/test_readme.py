@@ -126,3 +126,19 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
     assert f"{100 * right:.0f} % right, perplexity of the rest {rise:.2f} % above" in told
     (ours,), (plain,) = (result(f"settings_40960{end}")["settings"].values() for end in ("", "_plain"))
     assert f"falls by {ours['gain']:.3f} nats per token with the defaults, by {plain['gain']:.3f} with a plain" in told
+
+
+def test_forgetting_figures_are_those_of_the_file() -> None:
+    path = ROOT / "benchmarks" / "results" / "forgetting_quick.json"
+    methods = json.loads(path.read_text("utf-8"))["methods"]
+    worst = {name: methods[name]["ppl_forget_percent"]["worst"]["value"] for name in ("lora", "full", "replay+ewc")}
+    told = " ".join(README.split())
+    assert f"worst one up by {worst['lora']:.1f} %, full fine-tuning by {worst['full']:.1f} %" in told
+    assert f"as they are by default by {worst['replay+ewc']:.1f} %" in told
+    assert methods["domains"]["bit_identical"] is True
+    results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
+    for method in methods.values():
+        figure = method.get("ppl_forget_percent", {}).get("worst", {})
+        if "low" in figure:
+            shown = f"{figure['value']:.1f} ({figure['low']:.1f} to {figure['high']:.1f})"
+            assert f"| {method['title']} | {shown} |" in results
