@@ -136,6 +136,10 @@ def test_forgetting_figures_are_those_of_the_file() -> None:
     assert f"worst one up by {worst['lora']:.1f} %, full fine-tuning by {worst['full']:.1f} %" in told
     assert f"as they are by default by {worst['replay+ewc']:.1f} %" in told
     assert methods["domains"]["bit_identical"] is True
+    begun = json.loads((path.parent / "forgetting_8192.json").read_text("utf-8"))["methods"]
+    assert f"worst one up by {begun['lora']['ppl_forget_percent']['worst']['value']:.1f} %, a domain each" in told
+    routed = begun["domains"]["routed"]
+    assert f"with other lessons, {100 * routed['accuracy']:.0f} % and {routed['ppl_rise_percent']:.1f} %" in told
     results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
     for method in methods.values():
         figure = method.get("ppl_forget_percent", {}).get("worst", {})
