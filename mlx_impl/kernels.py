@@ -34,14 +34,19 @@ def on_cpu() -> bool:
 
 
 @_custom
-def exp(x: mx.array) -> mx.array:
-    """e to the x of any shape, a third of MLX's own time on a CPU."""
+def _power(x: mx.array) -> mx.array:
     return mx.power(mx.array(2.0, x.dtype), x * LOG2_E)
 
 
-@exp.vjp
-def _exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+@_power.vjp
+def _power_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return cotangent * output
+
+
+def exp(x: mx.array) -> mx.array:
+    """e to the x, any shape; on a CPU in a third of MLX's own time."""
+    result: mx.array = _power(x) if on_cpu() else mx.exp(x)
+    return result
 
 
 def logsumexp(x: mx.array) -> mx.array:
@@ -54,7 +59,7 @@ def logsumexp(x: mx.array) -> mx.array:
 
 @_custom
 def _silu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
-    sigmoid = 1 / (1 + mx.power(mx.array(2.0, x.dtype), x * -LOG2_E))
+    sigmoid = 1 / (1 + exp(-x))
     return x * sigmoid, sigmoid
 
 
@@ -71,7 +76,7 @@ def silu(x: mx.array) -> mx.array:
 
 @_custom
 def _softmax(scores: mx.array) -> mx.array:
-    shifted = mx.power(mx.array(2.0, scores.dtype), (scores - scores.max(axis=-1, keepdims=True)) * LOG2_E)
+    shifted = exp(scores - scores.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
@@ -123,10 +128,7 @@ def _loss_and_slopes(
         chosen, counts = targets[start : start + ROWS, None], mask[start : start + ROWS, None]
         logits = (rows @ weight.T).astype(mx.float32)
         highest = logits.max(axis=-1, keepdims=True)
-        if on_cpu():
-            exponentials = mx.power(mx.array(2.0), (logits - highest) * LOG2_E)
-        else:
-            exponentials = mx.exp(logits - highest)
+        exponentials = exp(logits - highest)
         norm = exponentials.sum(axis=-1, keepdims=True)
         losses = mx.log(norm) + highest - mx.take_along_axis(logits, chosen, axis=-1)
         total = total + (losses * counts).sum()
