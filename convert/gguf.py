@@ -52,6 +52,13 @@ class GGUFModel:
         """HF name -> shape."""
         return {name: tensor.shape for name, tensor in self.table.items()}
 
+    @property
+    def types(self) -> list[str]:
+        """Names of the ggml types that it is stored in, such as F32 and Q8_0."""
+        import gguf
+
+        return sorted({gguf.GGMLQuantizationType(tensor.type).name for tensor in self.table.values()})
+
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (HF name, float32 array) in the file's order; DamagedFileError if a value is not finite."""
         heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
@@ -377,14 +384,16 @@ def _rope_scaling(values: _Values, factors: np.ndarray | None, theta: float, hea
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = _llama3_factors(factor, theta, head_dim)
+    expected = llama3_factors(scaling, theta, head_dim)
     if kind != "none" or factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise InputError(f"{path}: the frequency factors in rope_freqs.weight are not those of Llama 3")
     return scaling
 
 
-def _llama3_factors(factor: float, theta: float, head_dim: int) -> np.ndarray:
-    """What llama.cpp's converter writes for Llama 3: the divisor of each of the head_dim/2 frequencies."""
+def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3's scaling: the divisor of each of the head_dim/2 frequencies."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
+    turns = scaling["original_max_position_embeddings"] / wavelength
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)

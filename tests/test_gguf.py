@@ -225,7 +225,7 @@ def test_specials_are_special_for_others_where_a_chat_template_needs_them(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"tokenizer__ggml__model": "llama"}, InputError, "SentencePiece"),
+        ({"tokenizer__ggml__model": "llama"}, DamagedFileError, "264 tokens, but tokenizer.ggml.scores are not"),
         ({"tokenizer__ggml__model": "bert"}, InputError, "'bert'"),
         ({"tokenizer__ggml__pre": "default"}, InputError, "'default' is not known; known are gpt-2, smollm"),
         ({"tokenizer__ggml__token_type": [1, 1]}, DamagedFileError, "264 tokens, but 2 token types"),

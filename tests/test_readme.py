@@ -97,6 +97,20 @@ def test_yaml_blocks_are_configurations(tmp_path: Path) -> None:
     assert (model.num_layers, train) == (8, {"lr": 0.0005, "steps": 2000})
 
 
+def test_the_formats_name_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", README))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 10
+    assert named <= set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+
+
+def test_gguf_gives_the_text_that_the_readme_says() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "gguf.json").read_text(encoding="utf-8"))
+    assert set(result["files"]) == {"gguf-f16", "gguf-q8_0"}
+    assert all(file["same_greedy_tokens"] and file["same_token_ids"] for file in result["files"].values())
+    assert "gives the same 24 greedy tokens as here" in README
+
+
 def test_lesson_figures_are_those_of_the_file() -> None:
     lesson = json.loads((ROOT / "benchmarks" / "results" / "lesson.json").read_text(encoding="utf-8"))
     held = lesson["heldout"]

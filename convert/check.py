@@ -1,0 +1,62 @@
+"""Two models on the same tokens: how far their logits are apart and, where that is too far, in which module it began.
+
+Knows neither model class: a trace maps the path of each module to its output, in order of execution, and ends with
+`logits`. `mlx_impl.check.trace` and `torch_ref.check.trace` make them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_impl.config import ModelConfig
+
+TOKENS = 32
+
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "F16": 5e-3, "bfloat16": 8e-2, "Q8_0": 0.12}
+"""Largest difference of an output by how the weights were stored, as a share of its largest magnitude or of 1.
+
+In float32 only the order of sums differs. The others are some three times what rounding does to SmolLM2-135M: its
+random tokens are the worst case, and what a wrong layout does is of the size of the logits.
+"""
+
+Trace = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a comparison found; differences are absolute, of logits."""
+
+    difference: float | None
+    """None where it is not finite."""
+    at_most: float
+    tokens: int
+    first: str | None
+    """The first module whose output is too far off, in order of execution; None where the logits are close enough."""
+
+
+def tokens_for(config: ModelConfig) -> np.ndarray:
+    """(1, T) random token ids, always the same for a vocabulary; T is 32, or the context where that is shorter."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, config.vocab_size, (1, min(TOKENS, config.max_seq_len)))
+
+
+def compare(expected: Trace, actual: Trace, stored: str) -> Check:
+    """Compare two traces of the same tokens; `stored` is a key of TOLERANCES. What is not finite is infinitely far."""
+    tolerance = TOLERANCES[stored]
+    difference, at_most = _distance(expected["logits"], actual["logits"], tolerance)
+    first = None
+    if not difference <= at_most:
+        distances = ((name, _distance(expected[name], actual[name], tolerance)) for name in expected if name in actual)
+        first = next(name for name, (far, most) in distances if not far <= most)
+    shown = difference if np.isfinite(difference) else None
+    return Check(shown, at_most, expected["logits"].shape[1], first)
+
+
+def _distance(expected: np.ndarray, actual: np.ndarray, tolerance: float) -> tuple[float, float]:
+    """(largest difference, what is allowed) of two outputs of one module."""
+    if expected.shape != actual.shape:
+        return float("inf"), tolerance
+    difference = np.abs(expected.astype(np.float64) - actual)
+    at_most = tolerance * max(1.0, float(np.abs(expected).max(initial=0.0)))
+    return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0)), at_most
