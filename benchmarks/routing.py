@@ -230,7 +230,8 @@ class _Hidden:
 
     def _pooled(self, rows: Ids) -> Floats:
         """Mean hidden states (W, D) of rows (W, T) after half of the layers."""
-        model, parts = self._learner.model, []
+        model: Any = self._learner.model  # one of our own class, of which layers are used
+        parts = []
         for at in range(0, len(rows), ROWS):
             x = model.model.embed_tokens(mx.array(rows[at : at + ROWS]))
             mask = KVCache().mask(rows.shape[1])

@@ -21,6 +21,7 @@ import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
 from benchmarks.common import record
 from benchmarks.resume import Work, add_common_options, lesson_settings, say
 from benchmarks.texts import folder_sources, lesson_texts, library_sources
+from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens, tokens_of
 from mlx_impl.evaluate import evaluate
@@ -100,7 +101,7 @@ def lesson(
     return {"loss": after, "steps": taught.steps, "seconds": taught.training_seconds, "tokens": taught.trained_tokens}
 
 
-def loss(model: ContinualLLM, text: Tokens) -> float:
+def loss(model: BaseModel, text: Tokens) -> float:
     """Nats per token."""
     return evaluate(model, evaluation_windows(text, 256, 256, 4)).loss
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,9 @@ from mlx_impl.arrays import load
 from mlx_impl.base import BaseModel
 from mlx_impl.errors import DamagedFileError
 from mlx_impl.files import read_json
+
+_IN_LAYER = re.compile(r"^.*?\.\d+\.")
+"""What of a path names the layer, model.layers.0. and the like; mlx-lm's keys go on from there."""
 
 STATE = "state.safetensors"
 ROUTER = "router."
@@ -29,7 +33,7 @@ def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, mod
     modeldir.write_safetensors(
         folder / "adapters.safetensors", shapes, ((name, np.array(array)) for name, array in arrays.items())
     )
-    keys = sorted({path.split(".", 3)[3].rpartition(".")[0] for path in arrays})
+    keys = sorted({_IN_LAYER.sub("", path).rpartition(".")[0] for path in arrays})
     config = {
         "fine_tune_type": "lora",
         "num_layers": len(model.layers),

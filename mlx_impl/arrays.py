@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_impl.errors import DamagedFileError
+
 Tree = Any
 Arrays = dict[str, mx.array]
 
@@ -27,3 +29,10 @@ def load(path: Path) -> Arrays:
     arrays = mx.load(str(path))
     assert isinstance(arrays, dict)
     return arrays
+
+
+def check_finite(arrays: Arrays, where: str) -> None:
+    """DamagedFileError naming arrays with a NaN or an infinity, ten at most; computes all of them."""
+    bad = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    if bad:
+        raise DamagedFileError(f"{where}: not all values are finite in {', '.join(bad[:10])}")

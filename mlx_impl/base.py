@@ -1,7 +1,7 @@
 """What everything else asks of a base model, and how its linear layers are found by name.
 
-`BaseModel` is a structural type: our `ContinualLLM` has it by construction. LoRA, the steps of a lesson, the Fisher and
-generation see a model only through it. Pretraining and the learner still take our own class, for its configuration.
+`BaseModel` is a structural type: our `ContinualLLM` has it by construction, and `ForeignLLM` gives it to what mlx-lm
+opens. LoRA, lessons, the Fisher, generation and evaluation see a model only through it. Pretraining takes our own.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl.cache import Cache
+from mlx_impl.config import LORA_TARGETS
 from mlx_impl.errors import InputError
+from mlx_impl.memory import Shape
+from mlx_impl.quantised import LINEAR
 
 
 class BaseModel(Protocol):
     """A causal language model. It is also an `nn.Module`: parameters(), update(), freeze(), train(), eval()."""
+
+    @property
+    def config(self) -> Shape:
+        """Its sizes and its context."""
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -59,24 +66,30 @@ class BaseModel(Protocol):
     def freeze(self) -> Any:
         """Exclude every weight from training."""
 
+    def unfreeze(self) -> Any:
+        """Include every weight again."""
+
     def train(self, mode: bool = True) -> Any:
         """Switch dropout on, or with False off."""
 
 
 def linear_paths(model: BaseModel, targets: Sequence[str]) -> list[str]:
-    """Dotted paths of the linear layers whose last name is in `targets`, in the model's order.
+    """Dotted paths of the linear layers inside the transformer layers whose last name is in `targets`, in their order.
 
-    Raises InputError naming the targets that the model does not have.
+    The default, LORA_TARGETS, means every linear layer where a model does not have all of these names: some fuse
+    them, so that those they share would leave half of the layer out. Raises InputError naming targets that are not
+    there and the names that are.
     """
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in targets
-    ]
-    missing = sorted(set(targets) - {path.rpartition(".")[2] for path in paths})
+    inside = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    paths = [path for path, module in model.named_modules() if isinstance(module, LINEAR) and id(module) in inside]
+    names = {path.rpartition(".")[2] for path in paths}
+    if set(targets) == set(LORA_TARGETS) and not names >= set(targets):
+        targets = list(names)
+    missing = sorted(set(targets) - names)
     if missing:
-        raise InputError(f"the model has no linear layer called {', '.join(missing)}")
-    return sorted(paths, key=_natural)
+        there = ", ".join(sorted(names))
+        raise InputError(f"the model has no linear layer called {', '.join(missing)}; it has {there}")
+    return sorted((path for path in paths if path.rpartition(".")[2] in targets), key=_natural)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

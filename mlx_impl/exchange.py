@@ -13,10 +13,11 @@ import numpy as np
 
 from convert import adapter as lora
 from convert import gguf, legacy
-from mlx_impl import modeldir
+from mlx_impl import foreigndir, modeldir
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import InputError
 from mlx_impl.files import atomic_folder, read_json, write_json, write_text
+from mlx_impl.packing import read_quantization
 from mlx_impl.shell import printable
 from mlx_impl.store import Store, Version, check_domain
 
@@ -44,31 +45,45 @@ def export_adapter(store: Store, domain: str, model: Path, out: Path, to: str) -
     if to not in FORMATS:
         raise InputError(f"{to!r} is no format to export to; there are: {', '.join(FORMATS)}")
     version = store.require(domain)
+    place = place_of(out)
+    folder = store.files_of(version)
+    with atomic_folder(place, replace=place.exists()) as target:
+        if to == "mlx-lm":
+            for name in (MLX_LM, CONFIG):
+                shutil.copyfile(folder / name, target / name)
+        else:
+            _write_other(target, to, folder, domain, model)
+        names = sorted(path.name for path in target.iterdir())
+    settings = read_json(folder / CONFIG)["lora_parameters"]
+    described = {"format": to, "rank": settings["rank"], "scale": settings["scale"]}
+    return {"domain": domain, "version": version.name, "out": str(out), "files": names, **described}
+
+
+def _write_other(target: Path, to: str, folder: Path, domain: str, model: Path) -> None:
+    """The adapter in `folder` in another format than the store's own."""
+    config, shapes = _base(model)
+    if config is None and to != "peft":
+        raise InputError(f"{model}: {to} is for Llama models alone; mlx-lm and peft take adapters of others")
+    adapter = _read_mlx_lm(folder, shapes)
+    if to == "peft":
+        tensors, settings = lora.to_peft(adapter, model.resolve().name, shapes)
+        _write_folder(target, PEFT, tensors, settings)
+    elif to == "original":
+        legacy.write_pt(target / ORIGINAL, lora.to_original(adapter, domain))
+    elif config is not None:
+        tensors, alpha = lora.to_gguf(adapter, _heads(config))
+        gguf.write_adapter(target / GGUF, tensors, alpha, domain)
+        write_text(target / "Modelfile", _MODELFILE)
+
+
+def place_of(out: Path) -> Path:
+    """Where a folder named by a person will be: new, or empty and then replaced. Else InputError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; name another folder or empty it first")
     place = Path(os.path.realpath(out))  # of a link, where it leads: what is replaced is a folder
     if Path.cwd().is_relative_to(place):
         raise InputError(f"{out} is the current folder or holds it, and would be replaced; name a new folder")
-    folder = store.files_of(version)
-    config = _base(model)
-    shapes = modeldir.expected_shapes(config)
-    adapter = _read_mlx_lm(folder, shapes)
-    with atomic_folder(place, replace=place.exists()) as target:
-        if to == "mlx-lm":
-            for name in (MLX_LM, CONFIG):
-                shutil.copyfile(folder / name, target / name)
-        elif to == "peft":
-            tensors, settings = lora.to_peft(adapter, model.resolve().name, shapes)
-            _write_folder(target, PEFT, tensors, settings)
-        elif to == "gguf":
-            tensors, alpha = lora.to_gguf(adapter, _heads(config))
-            gguf.write_adapter(target / GGUF, tensors, alpha, domain)
-            write_text(target / "Modelfile", _MODELFILE)
-        else:
-            legacy.write_pt(target / ORIGINAL, lora.to_original(adapter, domain))
-        names = sorted(path.name for path in target.iterdir())
-    described = {"format": to, "rank": adapter.rank, "scale": adapter.scale}
-    return {"domain": domain, "version": version.name, "out": str(out), "files": names, **described}
+    return place
 
 
 def import_adapter(store: Store, domain: str, model: Path, source: Path) -> Version:
@@ -80,9 +95,10 @@ def import_adapter(store: Store, domain: str, model: Path, source: Path) -> Vers
     """
     check_domain(domain)
     _refuse_existing(store, domain)
-    config = _base(model)
-    kind, adapter = _read(source, config)
-    tensors, settings = lora.to_mlx_lm(adapter, config.num_layers)
+    config, shapes = _base(model)
+    kind, adapter = _read(source, config, shapes)
+    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    tensors, settings = lora.to_mlx_lm(adapter, len(layers))
     figures = {
         "imported": kind,
         "rank": adapter.rank,
@@ -109,24 +125,38 @@ def _refuse_existing(store: Store, domain: str) -> None:
         )
 
 
-def _base(model: Path) -> ModelConfig:
-    return ModelConfig.from_hf(read_json(model / modeldir.CONFIG), str(model / modeldir.CONFIG))
+def _base(model: Path) -> tuple[ModelConfig | None, lora.Shapes]:
+    """The configuration of a base, None of another architecture than Llama, and the shapes of its weights by name."""
+    document = read_json(model / modeldir.CONFIG)
+    if document.get("model_type", "llama") == "llama":
+        config, _ = modeldir.read_config(model)
+        return config, modeldir.expected_shapes(config)
+    where = str(model / modeldir.CONFIG)
+    foreigndir.check_config(document, where)
+    infos = modeldir.dense_infos(foreigndir.checked_tensors(model), read_quantization(document, where))
+    if not any(name.startswith("model.layers.") for name in infos):
+        raise InputError(
+            f"{model}: a {document['model_type']} names its layers otherwise than adapters of other programs do; "
+            "--to mlx-lm is what there is"
+        )
+    return None, {name: info.shape for name, info in infos.items()}
 
 
 def _heads(config: ModelConfig) -> tuple[int, int]:
     return config.num_query_heads, config.num_kv_heads
 
 
-def _read(source: Path, config: ModelConfig) -> tuple[str, lora.Adapter]:
+def _read(source: Path, config: ModelConfig | None, shapes: lora.Shapes) -> tuple[str, lora.Adapter]:
     """The format of an adapter, by the files that it consists of, and the adapter."""
-    shapes = modeldir.expected_shapes(config)
     if (source / PEFT).is_file():
         tensors = dict(modeldir.read_tensors(modeldir.validate_safetensors(source / PEFT)))
         return "peft", lora.from_peft(tensors, read_json(source / CONFIG), shapes, str(source))
     if (source / MLX_LM).is_file():
         return "mlx-lm", _read_mlx_lm(source, shapes)
     file = next((source / name for name in (GGUF, ORIGINAL) if (source / name).is_file()), source)
-    if file.is_file() and file.suffix == ".gguf":
+    if config is None and file.is_file():
+        raise InputError(f"{source}: {file.suffix} adapters are for Llama models alone; the base is another one")
+    if config is not None and file.is_file() and file.suffix == ".gguf":
         metadata, table = gguf.read_file(file)
         lora.check_gguf(metadata, str(file))
         arrays: dict[str, np.ndarray] = {name: gguf.read_tensor(file, name, entry) for name, entry in table.items()}

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): a frozen linear layer plus a trained product of two thin matrices.
+"""LoRA (Hu et al. 2021): a frozen linear layer, quantised or not, plus a trained product of two thin matrices.
 
 An adapter is a mapping of arrays under mlx-lm's names, `<path>.lora_a` (in, r) and `<path>.lora_b` (r, out), and a
 scale. Attaching swaps modules and never touches the base arrays, so detaching gives the very same base back.
@@ -19,6 +19,7 @@ from mlx_impl.arrays import Arrays
 from mlx_impl.base import BaseModel, linear_paths
 from mlx_impl.config import LORA_TARGETS
 from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.quantised import LINEAR, dense_weight, linear_shape
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LoRALinear(nn.Module):
     """y = linear(x) + scale * (dropout(x) @ lora_a) @ lora_b. Zero lora_b makes it the linear layer itself."""
 
     def __init__(
-        self, linear: nn.Linear, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0
+        self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.linear = linear
@@ -57,9 +58,9 @@ class LoRALinear(nn.Module):
         self.train(linear.training)  # a new module is in training mode, and would drop out in an eval model
 
     @classmethod
-    def from_base(cls, linear: nn.Linear, config: LoRAConfig, key: mx.array) -> "LoRALinear":
+    def from_base(cls, linear: nn.Module, config: LoRAConfig, key: mx.array) -> "LoRALinear":
         """A fresh adapter: lora_a uniform in +-1/sqrt(in) from `key` (as in mlx-lm), lora_b zero."""
-        width_out, width_in = linear.weight.shape
+        width_out, width_in = linear_shape(linear)
         bound = 1 / math.sqrt(width_in)
         lora_a = mx.random.uniform(-bound, bound, (width_in, config.rank), key=key)
         return cls(linear, lora_a, mx.zeros((config.rank, width_out)), config.scale, config.dropout)
@@ -72,11 +73,16 @@ class LoRALinear(nn.Module):
         return self.linear(x) + (self._scale * (thin @ self.lora_b)).astype(x.dtype)
 
     def fuse(self) -> nn.Linear:
-        """A new linear layer with the product added to a copy of the weights; the sum is taken in float32."""
-        weight = self.linear.weight
+        """A new linear layer with the product added to a copy of the weights; the sum is taken in float32.
+
+        Of a quantised layer the copy is unpacked and stays so, in float32: packed again it would lose of the product.
+        """
+        width_out, width_in = linear_shape(self.linear)
         delta = self._scale * (self.lora_a @ self.lora_b).T  # (out, in)
-        fused = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in self.linear)
-        fused.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
+        fused = nn.Linear(width_in, width_out, bias="bias" in self.linear)
+        fused.weight = dense_weight(self.linear) + delta
+        if isinstance(self.linear, nn.Linear):
+            fused.weight = fused.weight.astype(self.linear.weight.dtype)
         if "bias" in self.linear:
             fused.bias = self.linear.bias
         fused.freeze()  # like every other weight of an adapted model
@@ -92,7 +98,7 @@ def attach(model: BaseModel, config: LoRAConfig, key: mx.array) -> list[str]:
     detach(model)
     paths = linear_paths(model, config.targets)
     modules: dict[str, Any] = dict(model.named_modules())
-    highest = max(min(modules[path].weight.shape) for path in paths)
+    highest = max(min(linear_shape(modules[path])) for path in paths)
     if config.rank > highest:
         raise InputError(f"rank = {config.rank} is more than any layer can use: at most {highest} (--rank)")
     keys = mx.random.split(key, len(paths))
@@ -172,9 +178,9 @@ def _swap(model: BaseModel, layers: list[tuple[str, LoRALinear]]) -> None:
 
 
 def _misfits(path: str, module: Any, arrays: Mapping[str, mx.array]) -> list[str]:
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LINEAR):
         return [f"{path} is no linear layer of it"]
-    width_out, width_in = module.weight.shape
+    width_out, width_in = linear_shape(module)
     a, b = arrays.get(f"{path}.lora_a"), arrays.get(f"{path}.lora_b")
     if a is None or b is None:
         return [f"{path} lacks {'lora_a' if a is None else 'lora_b'}"]

@@ -3,8 +3,38 @@
 Counted are float32 arrays in MLX's hands at the worst moment of a step; the process takes a few hundred megabytes more.
 """
 
+from typing import Protocol
+
 from mlx_impl.config import ModelConfig
 from mlx_impl.kernels import ROWS
+
+
+class Shape(Protocol):
+    """The sizes of a base model that a lesson goes by; `ModelConfig` has them, under these names."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits V."""
+
+    @property
+    def d_model(self) -> int:
+        """Width D."""
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+
+    @property
+    def num_query_heads(self) -> int:
+        """Query heads H of a layer."""
+
+    @property
+    def d_ff(self) -> int:
+        """Width of the feed-forward layer's inside."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest context trained for, in tokens."""
 
 
 def pretraining_bytes(config: ModelConfig, rows: int, length: int, accumulate: bool, recompute: bool) -> int:
@@ -23,8 +53,8 @@ def pretraining_bytes(config: ModelConfig, rows: int, length: int, accumulate: b
     return 4 * max((4 if accumulate else 3) * weights + activations, 7 * weights)
 
 
-def lesson_bytes(config: ModelConfig, adapter: int, rows: int, length: int) -> int:
-    """Peak of a lesson's step: the frozen base, an adapter of `adapter` weights, `rows` windows of `length` targets.
+def lesson_bytes(config: Shape, base: int, adapter: int, rows: int, length: int) -> int:
+    """Peak of a lesson's step: a frozen base of `base` bytes, `adapter` weights, `rows` windows of `length` targets.
 
     No gradient is taken of a frozen layer's weights, so that it needs to keep less: 8 vectors of the model's width, 9
     of d_ff and a row of scores a head; two rows of logits for as many positions as have them. Of the adapter there
@@ -32,7 +62,7 @@ def lesson_bytes(config: ModelConfig, adapter: int, rows: int, length: int) -> i
     """
     layer = 8 * config.d_model + 9 * config.d_ff + config.num_query_heads * length
     activations = rows * length * config.num_layers * layer + 2 * _positions(rows, length) * config.vocab_size
-    return 4 * (config.num_parameters() + 9 * adapter + activations)
+    return base + 4 * (9 * adapter + activations)
 
 
 def _positions(rows: int, length: int) -> int:

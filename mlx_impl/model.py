@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl import kernels, modeldir
-from mlx_impl.arrays import flatten, load, unflatten
+from mlx_impl import kernels, modeldir, quantised
+from mlx_impl.arrays import check_finite, flatten, load, unflatten
 from mlx_impl.cache import Cache, KVCache, Mask, RotatingKVCache
 from mlx_impl.config import ModelConfig
-from mlx_impl.errors import DamagedFileError
-from mlx_impl.files import read_json
+from mlx_impl.device import keep_quantised
 
 if TYPE_CHECKING:
     from mlx_impl.tokenizer import Tokenizer
@@ -158,8 +157,9 @@ class ContinualLLM(nn.Module):
     @property
     def head_weight(self) -> mx.array | None:
         """(V, D), of which the logits are the product with the hidden states; None where they are more than that."""
+        table = self.model.embed_tokens
         if self._config.tie_embeddings:
-            return self.model.embed_tokens.weight
+            return table.weight if isinstance(table, nn.Embedding) else None
         return self.lm_head.weight if isinstance(self.lm_head, nn.Linear) else None
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -198,23 +198,27 @@ class ContinualLLM(nn.Module):
     def from_checkpoint(cls, directory: str | Path, dtype: mx.Dtype = mx.float32) -> "ContinualLLM":
         """Load a model directory (Hugging Face Llama layout); weights are cast to `dtype`.
 
-        Raises InputError if it is not there or not a Llama, DamagedFileError listing every tensor that is
-        missing, unknown or of the wrong shape.
+        MLX's quantised weights stay packed or are unpacked, as `device.keep_quantised` says. Raises InputError if it
+        is not there or not a Llama, DamagedFileError listing every tensor that is missing, unknown or of the wrong
+        shape.
         """
         directory = Path(directory).expanduser()
-        config = ModelConfig.from_hf(read_json(directory / modeldir.CONFIG), str(directory / modeldir.CONFIG))
-        files = modeldir.checked_weights(directory, config)
+        config, quantization = modeldir.read_config(directory)
+        files = modeldir.checked_weights(directory, config, quantization)
         model = cls(config)  # its random weights are lazy and never computed
-        wanted = modeldir.expected_shapes(config)
         arrays: dict[str, mx.array] = {}
         for file in files:
             arrays.update(load(file))
-        model.load_weights([(name, array.astype(dtype)) for name, array in arrays.items() if name in wanted])
+        if quantization is not None:
+            quantised.pack_layers(model, quantization, arrays)
+        wanted = flatten(model.parameters())
+        model.load_weights([(name, array) for name, array in arrays.items() if name in wanted])
+        if not keep_quantised():
+            quantised.unpack_layers(model)
+        model.set_dtype(dtype)
         mx.eval(model.parameters())
         if not (directory / modeldir.MANIFEST).is_file():  # where there is one, hashes vouch for the values
-            bad = [n for n, array in flatten(model.parameters()).items() if not mx.isfinite(array).all().item()]
-            if bad:
-                raise DamagedFileError(f"{directory}: not all values are finite in {', '.join(bad[: modeldir.SHOWN])}")
+            check_finite(flatten(model.parameters()), str(directory))
         return model
 
     def generate(self, prompt: str, tokenizer: "Tokenizer", max_new_tokens: int = 100, **sampling: Any) -> str:

@@ -19,6 +19,7 @@ from convert.names import is_dropped
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.files import atomic_folder, read_json, sha256, write_json
+from mlx_impl.packing import KEYS, Quantization, packed_shapes, read_quantization, unpack
 
 FORMAT_VERSION = 1
 MANIFEST = "minimac.json"
@@ -34,10 +35,12 @@ MAX_DIMENSIONS = 8  # of a tensor; numpy's limit is 64, and the product of many 
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
+_INTEGERS = {"BOOL": "bool"} | {f"{n[0].upper()}{b}": f"{n}{b}" for n in ("uint", "int") for b in (8, 16, 32, 64)}
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    **{name: np.dtype(name).newbyteorder("<") for name in _INTEGERS.values()},
 }
 
 
@@ -45,7 +48,7 @@ class TensorInfo(NamedTuple):
     """Where one tensor lies; `start` and `stop` are byte positions in `file`, not in its data section."""
 
     file: Path
-    dtype: str  # float32, float16 or bfloat16
+    dtype: str  # float32, float16 or bfloat16; where asked for also uint32 and other integers
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -107,30 +110,58 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in shards]
 
 
-def checked_weights(directory: Path, config: ModelConfig) -> list[Path]:
+def read_config(directory: Path) -> tuple[ModelConfig, Quantization | None]:
+    """What a Llama directory's config.json says of the model, and how its weights are packed; None: not at all."""
+    path = directory / CONFIG
+    document = read_json(path)
+    quantization = read_quantization(document, str(path)) if document.get("model_type") == "llama" else None
+    if quantization is not None:
+        document = {key: value for key, value in document.items() if key not in KEYS}
+    return ModelConfig.from_hf(document, str(path)), quantization
+
+
+def checked_weights(directory: Path, config: ModelConfig, quantization: Quantization | None = None) -> list[Path]:
     """The weight files of a model directory, after every check that needs no more than their headers.
 
     Hashes are compared where there is a manifest. Raises InputError or DamagedFileError.
     """
+    checked_tensors(directory, config, quantization)
+    return weight_files(directory)
+
+
+def checked_tensors(
+    directory: Path, config: ModelConfig, quantization: Quantization | None = None
+) -> dict[str, TensorInfo]:
+    """As `checked_weights`; says where each tensor of the model lies (see `read_dense`)."""
     files = weight_files(directory)
     if (directory / MANIFEST).is_file():
         verify_manifest(directory)
-    validate_safetensors(files, expected_shapes(config))
-    return files
+    expected = expected_shapes(config)
+    if quantization is None:
+        return validate_safetensors(files, expected)
+    there = validate_safetensors(files, integers=True)
+    shapes = packed_shapes(expected, quantization, there, str(directory))
+    found = {name: info for name, info in there.items() if name in shapes or not _is_ignored(name)}
+    check_shapes({name: info.shape for name, info in found.items()}, shapes, str(directory))
+    for name, info in found.items():
+        allowed = ["uint32"] if f"{name.removesuffix('.weight')}.scales" in shapes else list(_DTYPES.values())
+        if info.dtype not in allowed:
+            raise DamagedFileError(f"{info.file}: {name} is stored as {info.dtype}, not as {' or '.join(allowed)}")
+    return found
 
 
 def validate_safetensors(
-    paths: Path | Sequence[Path], expected: Mapping[str, tuple[int, ...]] | None = None
+    paths: Path | Sequence[Path], expected: Mapping[str, tuple[int, ...]] | None = None, integers: bool = False
 ) -> dict[str, TensorInfo]:
     """Check one safetensors file, or all shards of a model together, and say where each tensor lies.
 
-    With `expected` (see `expected_shapes`) what transformers ignores too is left out of the result (rotary
-    buffers, a second copy of a tied head), and every missing, unknown and wrongly shaped tensor is listed
-    at once. Reads headers only. Raises DamagedFileError.
+    Only floats are taken unless `integers` are asked for too. With `expected` (see `expected_shapes`) what
+    transformers ignores is left out of the result (rotary buffers, a second copy of a tied head), and every
+    missing, unknown and wrongly shaped tensor is listed at once. Reads headers only. Raises DamagedFileError.
     """
     found: dict[str, TensorInfo] = {}
     for path in [paths] if isinstance(paths, Path) else paths:
-        for name, info in _read_header(path).items():
+        for name, info in _read_header(path, _DTYPES | _INTEGERS if integers else _DTYPES).items():
             if name in found:
                 raise DamagedFileError(f"{path}: tensor {name} is in {found[name].file.name} already")
             found[name] = info
@@ -173,15 +204,44 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndar
     float16 and bfloat16 fit into float32 exactly.
     """
     for name, info in infos.items():
-        with open(info.file, "rb") as file:
-            file.seek(info.start)
-            raw = np.frombuffer(file.read(info.stop - info.start), dtype=_STORED[info.dtype])
-        if info.dtype == "bfloat16":
-            raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        yield name, raw.astype(np.float32, copy=False).reshape(info.shape)
+        yield name, _read_tensor(info).astype(np.float32, copy=False)
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def dense_infos(infos: Mapping[str, TensorInfo], quantization: Quantization | None) -> dict[str, TensorInfo]:
+    """Of what the files hold, one entry a weight: a packed matrix with the shape that it stands for."""
+    dense = {}
+    for name, info in infos.items():
+        path, _, kind = name.rpartition(".")
+        if quantization is None or f"{path}.scales" not in infos or kind == "bias":
+            dense[name] = info
+        elif kind == "weight":
+            rows, stored = info.shape
+            dense[name] = info._replace(shape=(rows, stored * 32 // quantization.of(path).bits))
+    return dense
+
+
+def read_dense(infos: Mapping[str, TensorInfo], quantization: Quantization | None) -> Iterator[tuple[str, np.ndarray]]:
+    """As `read_tensors`, packed matrices unpacked: (name, float32 array) under the names of `dense_infos`."""
+    for name, info in dense_infos(infos, quantization).items():
+        array = _read_tensor(infos[name])
+        if quantization is not None and info.shape != infos[name].shape:
+            path = name.removesuffix(".weight")
+            scales, biases = (_read_tensor(infos[f"{path}.{kind}"]) for kind in ("scales", "biases"))
+            array = unpack(array, scales, biases, quantization.of(path).bits)
+        yield name, array.astype(np.float32, copy=False)
+
+
+def _read_tensor(info: TensorInfo) -> np.ndarray:
+    """As stored, but bfloat16 as float32, which it fits into."""
+    with open(info.file, "rb") as file:
+        file.seek(info.start)
+        raw = np.frombuffer(file.read(info.stop - info.start), dtype=_STORED[info.dtype])
+    if info.dtype == "bfloat16":
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.reshape(info.shape)
+
+
+def _read_header(path: Path, dtypes: Mapping[str, str]) -> dict[str, TensorInfo]:
     """Header of one file: its entries lie inside the file, do not overlap and leave no gap."""
     try:
         size = path.stat().st_size
@@ -198,7 +258,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise DamagedFileError(f"{path}: no safetensors header (a {type(header).__name__}, not an object)")
     header.pop("__metadata__", None)
-    infos = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    infos = {name: _entry(path, name, entry, 8 + length, size, dtypes) for name, entry in header.items()}
     at = 8 + length
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != at:
@@ -210,7 +270,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+def _entry(path: Path, name: str, entry: Any, data_start: int, size: int, dtypes: Mapping[str, str]) -> TensorInfo:
     """One header entry, checked with Python's own integers."""
     if not name.isprintable():
         raise DamagedFileError(f"{path}: {name!r:.60} is no name of a tensor")
@@ -219,8 +279,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
     code: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(_DTYPES)} are read")
+    if not isinstance(code, str) or code not in dtypes:
+        raise DamagedFileError(f"{path}: tensor {name}: dtype {code!r:.60}; only {', '.join(dtypes)} are read")
     sound = _counts(shape) and len(shape) <= MAX_DIMENSIONS
     if sound and 0 in shape:  # no bytes, whatever the others are; numpy multiplies them all the same
         sound = math.prod(n or 1 for n in shape) < 2**60
@@ -229,12 +289,12 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
             f"{path}: tensor {name}: shape {shape!r:.60} and data_offsets {offsets!r:.60} make no sense"
         )
     start, stop = data_start + offsets[0], data_start + offsets[1]
-    wanted = math.prod(shape) * _STORED[_DTYPES[code]].itemsize
+    wanted = math.prod(shape) * _STORED[dtypes[code]].itemsize
     if stop - start != wanted:
         raise DamagedFileError(f"{path}: tensor {name}: {stop - start:,} bytes, {code} {shape!r:.60} has {wanted:,}")
     if stop > size:
         raise DamagedFileError(f"{path}: tensor {name} ends at byte {stop:,}, the file at {size:,}: cut off?")
-    return TensorInfo(path, _DTYPES[code], tuple(shape), start, stop)
+    return TensorInfo(path, dtypes[code], tuple(shape), start, stop)
 
 
 def _counts(value: Any) -> bool:

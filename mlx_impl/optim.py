@@ -151,14 +151,3 @@ class Stepper:
         self.optimizer.state = state
         mx.async_eval(self.parameters, state, loss_sum, count, norm, extra)
         return StepResult(loss_sum, count, norm, extra)
-
-
-def can_compile() -> bool:
-    """Whether `mx.compile` works here: always on a GPU; on a CPU it needs a C++ compiler at run time."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return True
-    try:
-        mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.zeros(3)))
-    except (RuntimeError, OSError):
-        return False
-    return True

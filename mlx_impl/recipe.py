@@ -21,6 +21,7 @@ from mlx_impl.device import dtype_name, memory_bytes, training_dtype
 from mlx_impl.errors import InputError
 from mlx_impl.memory import pretraining_bytes
 from mlx_impl.model import ContinualLLM
+from mlx_impl.packing import KEYS
 from mlx_impl.plots import plot_losses
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.train import Progress, Trainer, total_steps
@@ -124,6 +125,8 @@ def start(request: Request, report: Callable[[Event], None]) -> Progress:
     refuse(request.out)
     readers.find_files([*request.paths, *([request.eval_data] if request.eval_data else [])])
     tokenizer = _tokenizer(request, report)
+    if request.init is not None:
+        _check_init(request.init)
     train, heldout = _data(request, tokenizer, report)
     model = _model(request, tokenizer)
     batches = _batches(request.train, model.config, train)
@@ -284,6 +287,16 @@ def _stretch(tokens: data.TokenFile, start: int, stop: int) -> data.Tokens:
     """Some tokens of a stream, in memory."""
     ids, trained = tokens.span(start, stop)
     return data.Tokens(ids, trained if tokens.masked else None, tokens.n_documents, tokens.n_bytes)
+
+
+def _check_init(folder: Path) -> None:
+    """InputError for a base that lessons can be taught on but whose own weights cannot be trained here."""
+    config = files.read_json(folder / modeldir.CONFIG)
+    kind = config.get("model_type", "llama")
+    if kind != "llama":
+        raise InputError(f"--init {folder}: model_type is {kind!r:.60}; train is for llama, learn for others")
+    if any(config.get(key) for key in KEYS):
+        raise InputError(f"--init {folder}: its weights are quantised and cannot be trained; learn teaches it as it is")
 
 
 def _model(request: Request, tokenizer: Tokenizer) -> ContinualLLM:

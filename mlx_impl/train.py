@@ -20,11 +20,12 @@ import mlx.core as mx
 from mlx_impl import checkpoint, modeldir
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import TokenFile, Tokens
+from mlx_impl.device import can_compile
 from mlx_impl.errors import InputError, Interrupted, NonFiniteLossError
 from mlx_impl.evaluate import evaluate
 from mlx_impl.loss import loss_of
 from mlx_impl.model import ContinualLLM
-from mlx_impl.optim import AdamW, Penalty, Stepper, StepResult, can_compile, warmup_cosine
+from mlx_impl.optim import AdamW, Penalty, Stepper, StepResult, warmup_cosine
 from mlx_impl.windows import Batches, evaluation_windows
 
 Event = dict[str, Any]

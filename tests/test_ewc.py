@@ -34,10 +34,11 @@ import torch_ref.ewc
 import torch_ref.lora
 from mlx_impl import lora
 from mlx_impl.config import ModelConfig
+from mlx_impl.device import can_compile
 from mlx_impl.ewc import consolidate, ewc_penalty, fisher_diagonal, logits_of, sample_targets, squared_gradients
 from mlx_impl.loss import cross_entropy
 from mlx_impl.model import ContinualLLM
-from mlx_impl.optim import AdamW, Stepper, StepResult, can_compile
+from mlx_impl.optim import AdamW, Stepper, StepResult
 from mlx_impl.train import train_steps
 from torch_ref.train import train_steps as torch_train_steps
 

@@ -572,7 +572,7 @@ def test_mutated_files_are_read_or_refused(base: Path, store: Store, tmp_path: P
             content[at] = rng.integers(256)
         path.write_bytes(content[: rng.integers(len(content))] if number % 10 == 9 else content)
         try:
-            exchange._read(tmp_path / "mutated", exchange._base(base))
+            exchange._read(tmp_path / "mutated", *exchange._base(base))
         except MiniMacError:
             refused += 1
     assert refused > 10

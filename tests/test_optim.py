@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 import torch_ref.optim
 from mlx_impl import lora
 from mlx_impl.arrays import flatten
-from mlx_impl.optim import AdamW, can_compile, clip_by_global_norm, warmup_cosine
+from mlx_impl.device import can_compile
+from mlx_impl.optim import AdamW, clip_by_global_norm, warmup_cosine
 from mlx_impl.train import train_steps
 
 SHAPES = {"matrix": (7, 5), "vector": (11,), "table": (3, 4, 2)}

@@ -281,22 +281,25 @@ def test_predicted_memory_of_a_lesson_is_about_what_it_takes(base: Path, tmp_pat
     mx.reset_peak_memory()
     stepper.step([batch], 1e-3).read()
     adapter = lora.num_parameters(lora.adapter_arrays(model))
-    predicted = lesson_bytes(config, adapter, 4, 128)
+    predicted = lesson_bytes(config, 4 * config.num_parameters(), adapter, 4, 128)
     assert 0.5 < predicted / (mx.get_peak_memory() - others) < 2
 
 
 def test_memory_grows_with_what_it_depends_on() -> None:
     config = ModelConfig(500, 64, 3, 4, 2, 160, 256)
-    assert lesson_bytes(config, 1000, 4, 128) > lesson_bytes(config, 1000, 2, 128) > lesson_bytes(config, 1000, 2, 64)
-    assert lesson_bytes(config, 2000, 4, 128) > lesson_bytes(config, 1000, 4, 128)
+    base = 4 * config.num_parameters()
+    four = lesson_bytes(config, base, 1000, 4, 128)
+    assert four > lesson_bytes(config, base, 1000, 2, 128) > lesson_bytes(config, base, 1000, 2, 64)
+    assert lesson_bytes(config, base, 2000, 4, 128) > four == lesson_bytes(config, 0, 1000, 4, 128) + base
     assert pretraining_bytes(config, 4, 128, True, False) > pretraining_bytes(config, 4, 128, True, True)
-    assert lesson_bytes(config, 1000, 4, 128) < pretraining_bytes(config, 4, 128, False, False)
+    assert four < pretraining_bytes(config, 4, 128, False, False)
 
 
 def test_a_lesson_on_smollm2_is_predicted_below_four_gigabytes() -> None:
     smollm2 = ModelConfig(49152, 576, 30, 9, 3, 1536, 8192, tie_embeddings=True)
     defaults = ContinualLearningConfig()
-    assert lesson_bytes(smollm2, 4_900_000, defaults.batch_size, defaults.seq_len) < 4e9
+    weights = 4 * smollm2.num_parameters()
+    assert lesson_bytes(smollm2, weights, 4_900_000, defaults.batch_size, defaults.seq_len) < 4e9
 
 
 # -- the original's names ----------------------------------------------------------------------------------------------

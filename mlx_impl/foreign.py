@@ -1,0 +1,280 @@
+"""Bases of other architectures, opened through mlx-lm; `open_model` decides who opens what.
+
+Llama directories are our own model's. Everything else that mlx-lm knows is wrapped, not copied: `ForeignLLM` gives the
+network what `base.BaseModel` asks for, under mlx-lm's own parameter names. What it cannot find out it does without:
+where the logits are more than one matrix product the loss takes them whole, which is slower and as right.
+
+No code of a model is run: config.json and the weights are checked before mlx-lm reads either.
+"""
+
+import contextlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_impl import foreigndir, kernels, modeldir, quantised
+from mlx_impl.arrays import check_finite, flatten
+from mlx_impl.base import BaseModel
+from mlx_impl.device import can_compile, keep_quantised
+from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
+from mlx_impl.files import read_json
+from mlx_impl.model import ContinualLLM
+
+TESTED = (
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mistral",
+    "olmo2",
+    "cohere",
+    "starcoder2",
+    "gpt2",
+)
+"""What the tests teach, among some hundred that mlx-lm knows."""
+
+
+def open_model(directory: str | Path, dtype: mx.Dtype = mx.float32) -> BaseModel:
+    """A model directory, ready to be taught; weights are cast to `dtype`, quantised ones as `device` says.
+
+    Raises InputError where it is not there, of an architecture that is not supported, or names code to be run;
+    DamagedFileError where its files are not what they claim to be.
+    """
+    directory = Path(directory).expanduser()
+    if read_json(directory / modeldir.CONFIG).get("model_type", "llama") == "llama":
+        return ContinualLLM.from_checkpoint(directory, dtype)
+    return ForeignLLM.from_directory(directory, dtype)
+
+
+@dataclass(frozen=True)
+class ForeignShape:
+    """What a lesson goes by (see `memory.Shape`), found in config.json under its many names, and in the network."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_query_heads: int
+    d_ff: int
+    max_seq_len: int
+
+
+class ForeignLLM:
+    """A network of mlx-lm's as a base. `hidden` and `head` are its own where they can be told apart (see `_head_of`).
+
+    Elsewhere `hidden` gives the logits already, and `head` hands them on.
+    """
+
+    def __init__(self, network: nn.Module, config: Mapping[str, Any]) -> None:
+        """`config` is that of config.json. InputError for a network that keeps more than keys and values."""
+        self._network = network
+        self._layers = _layers_of(network)
+        self._decoder, self._head, logits = _head_of(network)
+        self._shape = _shape_of(network, config, logits.shape[-1])
+        strange = sorted({type(cache).__name__ for cache in self.make_cache() if not hasattr(cache, "offset")})
+        if strange:
+            raise InputError(
+                f"model_type {config.get('model_type')!r:.60} keeps more than keys and values of what it read "
+                f"({', '.join(strange)}); recurrent and hybrid models are not supported"
+            )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, dtype: mx.Dtype = mx.float32) -> "ForeignLLM":
+        """Open a model directory through mlx-lm, which takes seconds to import; errors as in `open_model`."""
+        directory = Path(directory).expanduser()
+        where = directory / modeldir.CONFIG
+        config = read_json(where)
+        foreigndir.check_config(config, str(where))
+        foreigndir.checked_tensors(directory)
+        load = _loader(config, str(where))
+        with _explained(directory, config):
+            network = load(directory)
+            if not keep_quantised():
+                quantised.unpack_layers(network)
+            network.set_dtype(dtype)
+            mx.eval(network.parameters())
+            if not (directory / modeldir.MANIFEST).is_file():  # where there is one, hashes vouch for the values
+                check_finite(flatten(network.parameters()), str(directory))
+            return cls(network, config)
+
+    @property
+    def config(self) -> ForeignShape:
+        """Its sizes and its context."""
+        return self._shape
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The transformer layers, first to last: the list that the network itself goes through."""
+        return self._layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits; a tokenizer may have fewer ids."""
+        return self._shape.vocab_size
+
+    @property
+    def head_weight(self) -> mx.array | None:
+        """(V, D), of which the logits are the product with the hidden states; None where they are more than that."""
+        return None if self._head is None else self._head.weight
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Logits (B, T, V) of tokens (B, T); with a cache, T new tokens after those it holds."""
+        logits: mx.array = self._network(tokens, cache=cache)
+        return logits
+
+    def hidden(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Final hidden states (B, T, D) of tokens (B, T), or without a `head_weight` their logits (B, T, V)."""
+        states: mx.array = self._decoder(tokens, cache=cache)
+        return states
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., V) of what `hidden` returns."""
+        return hidden if self._head is None else hidden @ self._head.weight.T
+
+    def make_cache(self, window: int | None = None) -> list[Any]:
+        """mlx-lm's caches, one a layer. With `window` they keep that many tokens, the first four always among them.
+
+        InputError for a window that is too small, and where the architecture has caches of its own.
+        """
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if window is not None and hasattr(self._network, "make_cache"):
+            raise InputError("--window: this architecture has windows of its own; leave it out")
+        if window is not None and window < 5:
+            raise InputError(f"window = {window} must be larger than 4, the first tokens, which always stay")
+        caches: list[Any] = make_prompt_cache(self._network, window)
+        return caches
+
+    # What follows is the network's, so that parameters keep mlx-lm's names.
+
+    def parameters(self) -> dict:
+        """Tree of all weights."""
+        return self._network.parameters()
+
+    def trainable_parameters(self) -> dict:
+        """Tree of the weights that are not frozen."""
+        return self._network.trainable_parameters()
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        """Every module with its dotted path."""
+        return self._network.named_modules()
+
+    def update(self, parameters: dict, strict: bool = True) -> Any:
+        """Replace weights by those of a tree of the same names."""
+        return self._network.update(parameters, strict)
+
+    def update_modules(self, modules: Any, strict: bool = True) -> Any:
+        """Replace modules by those of a tree of the same names."""
+        return self._network.update_modules(modules, strict)
+
+    def freeze(self) -> Any:
+        """Exclude every weight from training."""
+        return self._network.freeze()
+
+    def unfreeze(self) -> Any:
+        """Include every weight again."""
+        return self._network.unfreeze()
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch dropout on, or with False off."""
+        return self._network.train(mode)
+
+
+def _loader(config: Mapping[str, Any], where: str) -> Callable[[Path], nn.Module]:
+    """What opens a directory of this architecture, weights to be read on first use. InputError for an unknown one."""
+    from mlx_lm import utils
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            utils._get_classes(dict(config))
+    except (
+        ValueError,
+        AttributeError,
+        SystemExit,
+    ):  # no such module, or one with no model or other needs
+        raise InputError(
+            f"{where}: model_type is {config['model_type']!r}, which neither this program nor mlx-lm "
+            f"{importlib.metadata.version('mlx-lm')} knows; tested are llama, {', '.join(TESTED)}"
+        ) from None
+    if kernels.on_cpu() and not can_compile():
+        mx.disable_compile()  # mlx-lm's activations are compiled functions
+    return lambda directory: utils.load_model(directory, lazy=True)[0]
+
+
+@contextlib.contextmanager
+def _explained(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what mlx-lm raises for files that do not fit together into a DamagedFileError.
+
+    What a file can make of a hundred architectures' constructors cannot be foreseen, so every kind of error is meant.
+    """
+    try:
+        yield
+    except MiniMacError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamagedFileError(
+            f"{directory}: mlx-lm cannot open it as {config['model_type']}: {reason[:400]}"
+        ) from None
+
+
+def _head_of(network: nn.Module) -> tuple[Any, Any, mx.array]:
+    """What gives hidden states, the layer whose weight makes logits of them, and the logits of some first tokens.
+
+    Found by trying: the product must give the network's own logits bit for bit, which leaves no room for a bias, a
+    scale or a cap. Where none does: the network itself and None.
+    """
+    tokens = mx.arange(4)[None]
+    logits = network(tokens)  # (1, 4, V)
+    top = getattr(network, "language_model", network)
+    decoder = getattr(top, "model", None)
+    if not isinstance(decoder, nn.Module):
+        return network, None, logits
+    states = decoder(tokens, cache=None)  # (1, 4, D)
+    wanted = logits.shape[-1], states.shape[-1]
+    for _, layer in network.named_modules():
+        fits = isinstance(layer, nn.Linear | nn.Embedding) and "bias" not in layer and layer.weight.shape == wanted
+        if fits and mx.array_equal(states @ layer.weight.T, logits).item():
+            return decoder, layer, logits
+    return network, None, logits
+
+
+def _layers_of(network: nn.Module) -> list[nn.Module]:
+    """The list itself: `network.layers` is a copy of it in some architectures."""
+    first = network.layers[0]
+    lists = (value for _, module in network.named_modules() for value in module.values() if isinstance(value, list))
+    return next(value for value in lists if value and value[0] is first)
+
+
+def _shape_of(network: nn.Module, config: Mapping[str, Any], vocab_size: int) -> ForeignShape:
+    inner = config.get("text_config")
+    described = {**config, **(inner if isinstance(inner, dict) else {})}
+
+    def number(*names: str) -> int | None:
+        there = (described.get(name) for name in names)
+        return next((value for value in there if type(value) is int and value > 0), None)
+
+    layers = network.layers
+    shapes = [
+        quantised.linear_shape(module)
+        for layer in layers
+        for _, module in layer.named_modules()
+        if isinstance(module, quantised.LINEAR)
+    ]
+    width = number("hidden_size", "n_embd", "d_model", "dim") or min((wide for _, wide in shapes), default=1)
+    return ForeignShape(
+        vocab_size=vocab_size,
+        d_model=width,
+        num_layers=len(layers),
+        num_query_heads=number("num_attention_heads", "n_head", "n_heads", "num_heads") or max(1, width // 64),
+        d_ff=max((wide for _, wide in shapes), default=width),  # what goes into the second feed-forward matrix
+        max_seq_len=number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length") or 2048,
+    )

@@ -1,0 +1,47 @@
+"""Model directories of other architectures as files: what is looked at before anything else reads them. No MLX.
+
+What their tensors should be called and which shape they should have only their own class knows, which is mlx-lm's to
+say. Here it is seen to that no code is named, no size is absurd, and every tensor lies where its file says.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_impl.config import MAX_LAYERS
+from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.modeldir import MANIFEST, TensorInfo, validate_safetensors, verify_manifest, weight_files
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what is not to be built: names of code (InputError), sizes no model has (DamagedFileError)."""
+    code = [key for key in ("auto_map", "model_file") if config.get(key)]
+    if code:
+        raise InputError(f"{where}: {', '.join(code)} names code to be run, which is never done; remove it")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not re.fullmatch(r"\w[\w.-]{0,63}", kind) or ".." in kind:
+        raise DamagedFileError(f"{where}: model_type is {kind!r:.60}, a name was expected")
+    for scope, key, value in _numbers(config, ""):
+        if value >= 2**31 or ("layers" in key and value > MAX_LAYERS):
+            raise DamagedFileError(f"{where}: {scope}{key} = {value!r:.40} is more than any model has")
+
+
+def _numbers(config: Mapping[str, Any], scope: str) -> Sequence[tuple[str, str, int]]:
+    """(prefix, key, value) of every whole number, those of inner objects included."""
+    found = [(scope, key, value) for key, value in config.items() if type(value) is int]
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{scope}{key}.")
+    return found
+
+
+def checked_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """What lies in the safetensors files that mlx-lm would map: all model*.safetensors, whatever the index says."""
+    files = weight_files(directory)
+    others = sorted(path.name for path in set(directory.glob("model*.safetensors")) - set(files))
+    if others:
+        raise InputError(f"{directory}: {', '.join(others)} would be read too, and is no part of the model; move it")
+    if (directory / MANIFEST).is_file():
+        verify_manifest(directory)
+    return validate_safetensors(files, integers=True)
