@@ -355,7 +355,26 @@ def log_text(domain: str, lessons: list[Event], pruned: int) -> str:
 def exported_text(record: Event) -> str:
     """What was written."""
     files = ", ".join(record["files"])
-    return f"{record['domain']} {record['version']} as {record['format']}: {files} in {record['out']}"
+    written = f"{record['domain']} {record['version']} as {record['format']}: {files} in {record['out']}"
+    if "survived_percent" in record:
+        written += f"\n{record['survived_percent']:.1f} % of what the adapter changes outlived the quantisation"
+    return written
+
+
+def conversion_text(record: Event) -> str:
+    """What was written, what was left out, and how close the two models are."""
+    bits = f" in {record['bits']} bits" if "bits" in record else ""
+    lines = [f"{record['target']}: {record['format']}, {record['parameters']:,} weights{bits} as {record['dtype']}"]
+    lines += [f"  {file}: {told}" for file, told in record.get("files", {}).items()]
+    if record.get("domain"):
+        command = f"minimac-mlx learn FILE -m {record['target']} --domain {record['domain']}"
+        lines.append(f"domain {record['domain']} {record['version']}: `{command}` goes on from there")
+    lines += [f"note: {note}" for note in record["notes"]]
+    if check := record.get("check"):
+        far = "not finite" if check["difference"] is None else f"{check['difference']:.1e}"
+        line = f"largest difference of the logits over {check['tokens']} tokens: {far}, at most {check['at_most']:.1e}"
+        lines.append(line + (f" is allowed; first in {check['first']}" if check["first"] else " is allowed"))
+    return "\n".join(lines)
 
 
 def imported_text(record: Event) -> str:
