@@ -5,7 +5,8 @@ rates are tuned on the training part of one text. After every lesson the validat
 measured, and at the end a text that nobody was taught. Intervals come from resampling documents.
 
 Every (method, order) is a cell that is measured once and kept in the work folder, so that a run can be stopped and gone
-on with; what is not there yet is named in the results.
+on with; what is not there yet is named in the results. On two cores two runs with one thread each and half of the
+methods take less time than one with all of them: most of a step is no matrix product.
 
     python -m benchmarks.forgetting --data DIR [--tokens 8192] [--orders 1] [--methods lora,replay+ewc]
     python -m benchmarks.forgetting --quick
@@ -38,6 +39,7 @@ from benchmarks.resume import BACKWARD, Work, add_common_options, duration, forw
 from benchmarks.texts import folder_sources, lesson_texts
 from mlx_impl import lora
 from mlx_impl.adapters import read_adapter
+from mlx_impl.base import BaseModel
 from mlx_impl.config import LEAST_STEPS, Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens, tokens_of
 from mlx_impl.device import compute_dtype
@@ -91,6 +93,7 @@ METHODS = {
     "replay+10ewc": _shared("replay 50 % + EWC, ten times as strong", 0.5, True, ewc_lambda=10.0),
     "replay": _shared("replay 50 %", 0.5, False),
     "replay10+ewc": _shared("replay 10 % + EWC", 0.1, True),
+    "replay+ewc+distill": _shared("replay 50 % + EWC + distillation", 0.5, True, distill_weight=0.5),
     "ewc": _shared("EWC", 0.0, True),
     "replay10": _shared("replay 10 %", 0.1, False),
     "joint": Method("all at once", "joint"),
@@ -243,7 +246,7 @@ class Experiment:
         )
 
     def _train_all(
-        self, model: ContinualLLM, documents: list[Document], config: ContinualLearningConfig, seed: int
+        self, model: BaseModel, documents: list[Document], config: ContinualLearningConfig, seed: int
     ) -> dict[str, Any]:
         """One epoch over all weights, with the batches that a lesson takes."""
         started = time.perf_counter()
@@ -251,12 +254,12 @@ class Experiment:
         rows = max(1, min(config.batch_size, len(windows) // LEAST_STEPS))
         batches, steps = Batches(windows, rows, config.seed + seed), math.ceil(len(windows) / rows)
         model.unfreeze()
-        optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        optimizer = AdamW(config.peak_rate(steps), betas=(0.9, 0.999), weight_decay=config.weight_decay)
         stepper = Stepper(model.trainable_parameters(), optimizer, loss_of(model), config.max_grad_norm, False)
         tokens = 0
         for step in range(steps):
             ids, mask = next(batches)
-            rate = warmup_cosine(step, steps, max(1, round(config.warmup * steps)), config.learning_rate)
+            rate = warmup_cosine(step, steps, max(1, round(config.warmup * steps)), config.peak_rate(steps))
             stepper.step([(mx.array(ids), mx.array(mask))], rate).read()
             tokens += int(mask.sum())
         model.update(stepper.parameters)
@@ -266,20 +269,20 @@ class Experiment:
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _bare(self) -> ContinualLLM:
+    def _bare(self) -> BaseModel:
         return ContinualLLM.from_checkpoint(self.model, compute_dtype())
 
     def _learner(self, config: ContinualLearningConfig, store: Path) -> ContinualLearner:
         return ContinualLearner.from_checkpoint(self.model, config, store)
 
-    def _stage(self, model: ContinualLLM, order: list[str], number: int, key: str) -> dict[str, Nats]:
+    def _stage(self, model: BaseModel, order: list[str], number: int, key: str) -> dict[str, Nats]:
         """The texts taught up to now; after the last one also what was never taught."""
         names = order[: number + 1]
         if number + 1 == len(order):
             names = [*names, *self.texts.untaught]
         return self.work.once(f"{key}/{number}", lambda: self._measure(model, names))
 
-    def _measure(self, model: ContinualLLM, names: Sequence[str]) -> dict[str, Nats]:
+    def _measure(self, model: BaseModel, names: Sequence[str]) -> dict[str, Nats]:
         """Sums over the documents of these texts."""
         sums = {}
         for name in names:
@@ -287,12 +290,12 @@ class Experiment:
             sums[name] = document_sums(self._nats(model, text), text, self.tokenizer.eos_id)[0].tolist()
         return sums
 
-    def _nats(self, model: ContinualLLM, text: Tokens) -> np.ndarray:
+    def _nats(self, model: BaseModel, text: Tokens) -> np.ndarray:
         """Of each token but the first."""
         windows = evaluation_windows(text, self.config.seq_len, self.config.seq_len, ROWS)
         return np.concatenate([part.nats for part in predictions(model, windows)])
 
-    def _probe(self, model: ContinualLLM, name: str) -> str:
+    def _probe(self, model: BaseModel, name: str) -> str:
         """Hash of the logits of a text's first window."""
         logits = model(mx.array(self.texts.valid[name].ids[: self.config.seq_len])[None])
         return hashlib.sha256(np.array(logits.astype(mx.float32)).tobytes()).hexdigest()

@@ -6,6 +6,7 @@ digest: remove the folder after changing how lessons are learned.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import sys
@@ -44,7 +45,10 @@ def digest_of(value: Any) -> str:
 
 
 class Work:
-    """A folder of results under one set of settings."""
+    """A folder of results under one set of settings.
+
+    Several processes may fill it at a time, each with keys of its own; what two need both may be measured twice.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         """`settings`, which JSON must hold, decide the folder inside `folder`."""
@@ -52,7 +56,7 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / "settings.json", settings)
         self._path = self.folder / "figures.json"
-        self._figures: dict[str, Any] = files.read_json(self._path) if self._path.is_file() else {}
+        self._figures = self._read()
 
     def __contains__(self, key: str) -> bool:
         """Whether this was measured already."""
@@ -61,9 +65,15 @@ class Work:
     def once(self, key: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returned when it was first asked for under this key; JSON must hold it."""
         if key not in self._figures:
-            self._figures[key] = measure()
-            files.write_json(self._path, self._figures)
+            value = measure()
+            with open(self.folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._figures = self._read() | {key: value}
+                files.write_json(self._path, self._figures)
         return self._figures[key]
+
+    def _read(self) -> dict[str, Any]:
+        return files.read_json(self._path) if self._path.is_file() else {}
 
 
 def taught(

@@ -19,15 +19,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_impl import data, generate, lora
-from mlx_impl.adapters import read_adapter, read_statistics, write_adapter, write_state
+from mlx_impl import data, generate, lora, states
+from mlx_impl.adapters import Statistics, read_adapter, read_statistics, write_adapter, write_state
+from mlx_impl.arrays import flatten
+from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
 from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring, evaluate, total
+from mlx_impl.foreign import open_model
 from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
 from mlx_impl.memory import lesson_bytes
-from mlx_impl.model import ContinualLLM
 from mlx_impl.past import Past, recall
 from mlx_impl.readers import Document, text_document
 from mlx_impl.reservoirs import check_importance
@@ -46,6 +48,9 @@ TOKENS_PER_SECOND_AT_MOST = 10_000
 HELD_OUT_AT_MOST = 4096
 MEASURING_SHARE = 0.08
 """Share of the time that measuring may take before the steps, and again after them."""
+
+STATES_SHARE = 0.15
+"""Share of the time that a domain's states may take, in its first lesson mostly: the base's own text takes longest."""
 
 MEASURED_TOKENS = 0.3
 """Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
@@ -105,7 +110,7 @@ class ContinualLearner:
 
     def __init__(
         self,
-        base_model: ContinualLLM,
+        base_model: BaseModel,
         config: ContinualLearningConfig | None = None,
         tokenizer: Tokenizer | None = None,
         store: Store | None = None,
@@ -139,7 +144,7 @@ class ContinualLearner:
         directory = Path(directory).expanduser()
         config = config or ContinualLearningConfig()
         use_device(config.device)
-        model = ContinualLLM.from_checkpoint(directory, compute_dtype())
+        model = open_model(directory, compute_dtype())
         tokenizer = Tokenizer.load(directory)
         return cls(model, config, tokenizer, open_store(directory, Path(store) if store else None))
 
@@ -316,6 +321,7 @@ class ContinualLearner:
         _check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
+        statistics = self._statistics(train, parent, budget, measuring.speed)
         length = min(self.config.seq_len, len(train) - 1)
         past = recall(self.store, parent, self.model, self.config, seed, budget, length)
         past.source, past.importance = source, importance
@@ -354,16 +360,37 @@ class ContinualLearner:
             kept=[_kept(version, *pair) for version, pair in zip(earlier, rest, strict=False)],
         )
 
-        earlier_tokens = read_statistics(self.store.files_of(parent)) if parent else None
-
         def write(folder: Path) -> None:
             write_adapter(folder, arrays, shape, self.model)
-            write_state(folder, past.fisher, count_tokens(train.ids, earlier_tokens))
+            write_state(folder, past.fisher, statistics)
 
         lesson.version = self._commit(lesson, parent, write, heldout, past).name
         lesson.seconds = time.perf_counter() - started
         self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
+
+    def _statistics(self, train: data.Tokens, parent: Version | None, budget: Budget, speed: float) -> Statistics:
+        """What the router will know of the domain after this lesson; `speed` is in tokens a second of a forward pass.
+
+        States of this lesson are left out where the time is too short for them.
+        """
+        before = (read_statistics(self.store.files_of(parent)) if parent else None) or {}
+        statistics = {**before, **count_tokens(train.ids, before or None)}
+        affordable = math.inf if budget.steps is not None else STATES_SHARE * budget.seconds * speed
+        with lora.bare(self.model):
+            background = self._router.background()
+            if background is None and (rows := states.affordable(affordable / 2, states.MADE_UP, 4)):  # twice the price
+                background = states.background(self.model, self.tokenizer, rows)
+                affordable -= 2 * rows * states.STRETCH
+            count = states.affordable(4 * affordable, states.PER_LESSON, 1)  # a quarter of the way up
+            if background is None or not count:
+                return statistics
+            start = states.first_token(self.tokenizer)
+            means = states.mean_states(self.model, states.stretches(train.ids, count), start)
+        if states.MEANS in before:
+            share = len(train) / float(statistics["counts"].sum())
+            means = states.merged(before[states.MEANS], means, share)
+        return {**statistics, states.MEANS: means, states.BACKGROUND: background}
 
     def _predicted_memory(self, tokens: int, replayed: bool, like_base: bool) -> int:
         """Bytes at the peak of the lesson's steps, if the time allows whole batches."""
@@ -372,7 +399,9 @@ class ContinualLearner:
         if replayed and c.replay_ratio > 0 and c.batch_size == 1:
             rows += 1  # see replay.split_rows
         adapter = lora.num_parameters(lora.adapter_arrays(self.model))
-        return lesson_bytes(self.model.config, adapter, rows, min(c.seq_len, tokens - 1))
+        weights = flatten(self.model.parameters()).items()
+        base = sum(array.nbytes for name, array in weights if not name.endswith((".lora_a", ".lora_b")))
+        return lesson_bytes(self.model.config, base, adapter, rows, min(c.seq_len, tokens - 1))
 
     def _attach(self, parent: Version | None, key: mx.array) -> lora.LoRAConfig:
         """Attach the adapter as the lesson begins, a fresh one or its parent's; a domain keeps the shape it has."""

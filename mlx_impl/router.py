@@ -1,13 +1,16 @@
 """Which domain a prompt belongs to, with the bare base as a candidate. No adapter is read for it and none is asked.
 
-Each version carries the token counts of its domain's lessons. A prompt belongs to the domain among whose words it is
-likeliest (naive Bayes), if it is clearly likelier there than in text of any kind. Of a short prompt that is not enough:
-every "What is" would count for a domain of questions. There the base has a say, which knows what it expected anyway.
+Each version carries the token counts of its domain's lessons and means of the base's states over stretches of them.
+A prompt belongs to the domain among whose words (naive Bayes) and states (see `states`) it is likeliest together, if it
+is likelier there than in text of any kind. Of a short prompt neither says enough: every "What is" would count for a
+domain of questions. There it is words alone, and the base has a say, which knows what it expected anyway.
 
-Counts are a function of a domain's own lessons, so adding or forgetting another changes nothing about them and trains
-nothing again. `benchmarks/routing.py` compares this with other ways.
+Both are functions of a domain's own lessons, so adding or forgetting another changes nothing about them and trains
+nothing again; only the covariance that all share is put together anew. `benchmarks/routing.py` compares this with other
+ways.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_impl import files
+from mlx_impl import files, states
 from mlx_impl.adapters import STATE, Statistics, read_statistics
 from mlx_impl.base import BaseModel
 from mlx_impl.errors import DamagedFileError, InputError
@@ -34,8 +37,11 @@ DOCUMENT_PREFIX = 64
 SMOOTHING = 500.0
 """Tokens of general text that are added to a domain's counts, so that a short lesson knows more than its own words."""
 
+WORDS_WEIGHT = 0.25
+"""Of the words' evidence where there are states: tokens do not come independently, and it claims too much."""
+
 LEAST_EVIDENCE = 4.0
-"""Nats of evidence that a domain must exceed, however long the prompt."""
+"""Nats of evidence by words alone that a domain must exceed, however long the prompt."""
 
 SHORT = 16
 """Tokens below which the base must have been surprised too."""
@@ -50,8 +56,8 @@ FREQUENT, RARE = 0.1, 0.003
 class Routing(NamedTuple):
     """A decision: the domain, or None for the base, and what it rests on, in nats over the tokens looked at.
 
-    `evidence` is how much likelier the tokens are in each domain than in text of any kind. `surprise`, of a short
-    prompt, is how much likelier the best domain makes them to the base itself; None where the base was not asked.
+    `evidence` is how much likelier the prompt is in each domain than in text of any kind. `surprise`, of a short one,
+    is how much likelier the best domain makes it to the base itself; None where the base was not asked that.
     """
 
     domain: str | None
@@ -115,6 +121,7 @@ class Router:
         self._model, self._tokenizer, self._store = model, tokenizer, store
         self._general: Floats | None = None
         self._statistics: dict[tuple[str, str], Statistics | None] = {}  # by domain and the file's hash
+        self._discriminant: tuple[tuple[int, ...], states.Discriminant] | None = None  # with whose statistics these are
 
     def route(self, prompt: Sequence[int]) -> Routing:
         """The domain of a prompt's token ids, by its first `PREFIX`; DamagedFileError for a damaged version.
@@ -124,20 +131,46 @@ class Router:
         ids = [id for id in prompt[:PREFIX] if id not in self._tokenizer.special_ids]
         if not ids:
             return Routing(None, {})
-        heads = (self._store.require(domain) for domain in self._store.domains())
+        heads = [self._store.require(domain) for domain in self._store.domains()]
         known = {head.domain: found for head in heads if (found := self._of(head)) is not None}
         if not known:
             return Routing(None, {})
         if self._general is None:
             self._general = general_frequencies(self._tokenizer)
         scores = {domain: evidence(statistics, ids, self._general) for domain, statistics in known.items()}
+        least = LEAST_EVIDENCE
+        if len(ids) >= SHORT and (discriminant := self._discriminant_of(known)) is not None:
+            mean = states.mean_states(self._model, np.array([ids], np.int32), states.first_token(self._tokenizer))[0]
+            added = discriminant.evidence(mean, len(ids))
+            scores = {domain: WORDS_WEIGHT * score + added[domain] for domain, score in scores.items()}
+            least = 0.0
         best = max(scores, key=scores.__getitem__)
-        if scores[best] <= LEAST_EVIDENCE:
+        if scores[best] <= least:
             return Routing(None, scores)
         if len(ids) >= SHORT:
             return Routing(best, scores)
         surprised = surprise(known[best], ids, self._general, self._nats(ids))
         return Routing(best if surprised > 0 else None, scores, surprised)
+
+    def background(self) -> states.Floats | None:
+        """What versions carry of the base's own text, the same in all of them; None where none is there or readable."""
+        for domain in self._store.domains():
+            with contextlib.suppress(DamagedFileError):
+                found = self._of(self._store.require(domain)) or {}
+                if states.BACKGROUND in found:
+                    return found[states.BACKGROUND]
+        return None
+
+    def _discriminant_of(self, known: dict[str, Statistics]) -> states.Discriminant | None:
+        """Between these domains; None where one of them has no states, which could not be compared with the others'."""
+        if not all(states.MEANS in statistics and states.BACKGROUND in statistics for statistics in known.values()):
+            return None
+        key = tuple(id(statistics) for statistics in known.values())
+        if self._discriminant is None or self._discriminant[0] != key:
+            means = {domain: statistics[states.MEANS] for domain, statistics in known.items()}
+            background = next(iter(known.values()))[states.BACKGROUND]
+            self._discriminant = key, states.Discriminant(means, background)
+        return self._discriminant[1]
 
     def _nats(self, ids: Sequence[int]) -> Floats:
         """What each token (N,) of a short prompt costs the base, as a user's message where it knows such."""

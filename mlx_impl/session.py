@@ -75,7 +75,7 @@ class Session:
         if budget.steps is None:
             self.total = max(1, int(min(self.planned, affordable / self.rows)))
         mx.random.seed(seed)
-        optimizer = AdamW(config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        optimizer = AdamW(config.peak_rate(self.total), betas=(0.9, 0.999), weight_decay=config.weight_decay)
         compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
         self.distilling = config.distill_weight > 0 and (self.ratio > 0 or like_base is not None)
         if self.distilling and model.head_weight is None:
@@ -112,7 +112,7 @@ class Session:
         new = [self._new_rows(self.step * accumulated + number) for number in range(accumulated)]
         mixed = [mix(tokens, mask, self.past.buffer, count, self.past.lesson) for tokens, mask, count in new]
         warmup = max(1, round(self.config.warmup * self.total))
-        rate = warmup_cosine(self.step, self.total, warmup, self.config.learning_rate)
+        rate = warmup_cosine(self.step, self.total, warmup, self.config.peak_rate(self.total))
         extended = [self._extended(sample, self.step * accumulated + number) for number, sample in enumerate(mixed)]
         batches = [self._batch(all_, len(tokens)) for all_, (tokens, _, _) in zip(extended, new, strict=True)]
         result = self.stepper.step(batches, rate)

@@ -100,7 +100,7 @@ def tree(folder: Path) -> Tree:
 
 def isolate(monkeypatch: Any, folder: Path) -> None:
     """Keep a test away from the user's models, and from what the environment says."""
-    for name in ("MINIMAC_MODEL", "MINIMAC_DTYPE", "PYTHONIOENCODING", "NO_COLOR", "FORCE_COLOR"):
+    for name in ("MINIMAC_MODEL", "MINIMAC_DTYPE", "MINIMAC_QUANTISED", "PYTHONIOENCODING", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MINIMAC_HOME", str(folder))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))

@@ -11,7 +11,7 @@ import pytest
 from lessons import opened, text, tiny_base, tiny_tokenizer
 from terminal import run, write_model
 
-from mlx_impl import lora, router
+from mlx_impl import lora, router, states
 from mlx_impl.adapters import STATE, read_adapter, read_fisher, read_statistics, write_adapter, write_state
 from mlx_impl.arrays import flatten
 from mlx_impl.config import Budget
@@ -278,9 +278,9 @@ def test_statistics_go_with_the_lessons_and_undo_takes_them_back(base: Path, tmp
     learner.learn_from_text(COURT, budget=Budget(steps=1))
     both = tokens_of([text_document(content, "x") for content in (GARDEN, COURT)], learner.tokenizer).ids
     expected = count_tokens(both)
-    assert {n: a.tolist() for n, a in statistics(learner, "main").items()} == {
-        n: a.tolist() for n, a in expected.items()
-    }
+    kept = statistics(learner, "main")
+    assert {name: kept[name].tolist() for name in expected} == {n: a.tolist() for n, a in expected.items()}
+    assert kept.keys() == {*expected, states.MEANS, states.BACKGROUND}
     fisher = read_fisher(learner.store.files_of(learner.store.require("main")), lora.adapter_arrays(learner.model))
     assert fisher is not None
     assert fisher.keys() == lora.adapter_arrays(learner.model).keys()
