@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_impl.config import LOSS_ON, PRESETS, Budget, ContinualLearningConfig, TrainConfig, help_of
-from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.shell import FOLDER, common, emit, given, harmless, printable, run, setting, show_version, write
+from mlx_impl.config import LOSS_ON, PRESETS, REPLAY_TARGETS, Budget, ContinualLearningConfig, TrainConfig, help_of
+from mlx_impl.errors import DamagedFileError, InputError, MiniMacError, printable
+from mlx_impl.shell import FOLDER, common, emit, given, harmless, run, setting, show_version, write
 
 if TYPE_CHECKING:
     from mlx_impl.console import Reporter
@@ -119,6 +119,8 @@ def pull(source: str | None, force: bool, as_json: bool, quiet: bool) -> None:
 @setting(ContinualLearningConfig, "batch_size")
 @setting(ContinualLearningConfig, "replay_ratio")
 @click.option("--no-replay", is_flag=True, help="the same as --replay-ratio 0")
+@setting(ContinualLearningConfig, "replay_targets", kind=click.Choice(REPLAY_TARGETS))
+@setting(ContinualLearningConfig, "replay_weight")
 @setting(ContinualLearningConfig, "ewc_lambda")
 @click.option("--no-ewc", is_flag=True, help="the same as --ewc-lambda 0")
 @click.option("--importance", type=float, default=1.0, show_default=True, help="odds of later replay")

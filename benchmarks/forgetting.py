@@ -85,17 +85,21 @@ def _shared(title: str, replay_ratio: float, use_ewc: bool, **more: Any) -> Meth
     return Method(title, settings={"replay_ratio": replay_ratio, "use_ewc": use_ewc, **more})
 
 
+TOKENS = {"replay_targets": "tokens"}
+"""Replayed windows learned once more, as is usual, and not held to what the version before predicts on them."""
+
 METHODS = {
     "domains": Method("a domain each", "domains"),
     "lora": _shared("one LoRA", 0.0, False),
     "full": Method("full fine-tuning", "full", "full"),
     "replay+ewc": _shared("replay 50 % + EWC", 0.5, True),
-    "replay+10ewc": _shared("replay 50 % + EWC, ten times as strong", 0.5, True, ewc_lambda=10.0),
-    "replay": _shared("replay 50 %", 0.5, False),
     "replay10+ewc": _shared("replay 10 % + EWC", 0.1, True),
-    "replay+ewc+distill": _shared("replay 50 % + EWC + distillation", 0.5, True, distill_weight=0.5),
+    "tokens+ewc": _shared("replay 50 % of the tokens + EWC", 0.5, True, **TOKENS),
+    "replay": _shared("replay 50 %", 0.5, False),
     "ewc": _shared("EWC", 0.0, True),
+    "replay+10ewc": _shared("replay 50 % + EWC, ten times as strong", 0.5, True, ewc_lambda=10.0),
     "replay10": _shared("replay 10 %", 0.1, False),
+    "tokens+ewc+distill": _shared("the same + distillation from the base", 0.5, True, **TOKENS, distill_weight=0.5),
     "joint": Method("all at once", "joint"),
 }
 """In the order of running: those that the others are compared with come first."""

@@ -8,11 +8,11 @@ field is written out because the two disagree about what an absent one means.
 import contextlib
 import dataclasses
 import math
-import reprlib
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, shown
 
 LOSS_ON = ("all", "completion", "assistant")
 """All text; the completion or last assistant turn; every assistant turn. Plain text always counts whole."""
@@ -21,6 +21,7 @@ MAX_LAYERS = 1024
 """More than any Llama has; bounds what a hostile configuration makes us build."""
 
 REPLAY_STRATEGIES = ("uniform", "importance", "reservoir")
+REPLAY_TARGETS = ("predictions", "tokens")
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -61,7 +62,7 @@ def checked(cls: type, values: dict[str, Any], where: str, base: Any = None) -> 
             and default is not dataclasses.MISSING
             and (not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)))
         ):
-            wrong.append(f"{key} ({_short(value)} is not a {type(default).__name__})")
+            wrong.append(f"{key} ({shown(value)} is not a {type(default).__name__})")
     if unknown or wrong:
         known = f"; known keys are {', '.join(fields)}" if unknown else ""
         raise InputError(f"{where}: {', '.join(unknown + wrong)}{known}")
@@ -94,7 +95,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be built; all offenders in one message (InputError)."""
         wrong = [
-            f"{name} = {getattr(self, name)!r} must be a whole number of at least 1"
+            f"{name} = {shown(getattr(self, name))} must be a whole number of at least 1"
             for name in (
                 "vocab_size",
                 "d_model",
@@ -119,17 +120,17 @@ class ModelConfig:
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.num_query_heads)
         if not wrong and (not _is_count(self.head_dim) or (self.head_dim or 0) % 2):
-            wrong.append(f"head_dim = {self.head_dim!r} must be an even number, rotary embedding turns pairs")
+            wrong.append(f"head_dim = {shown(self.head_dim)} must be an even number, rotary embedding turns pairs")
         for name in ("norm_eps", "rope_base"):
             if not _is_positive(getattr(self, name)):
-                wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
+                wrong.append(f"{name} = {shown(getattr(self, name))} must be a positive number")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            wrong.append(f"dropout = {self.dropout!r} must lie in [0, 1)")
+            wrong.append(f"dropout = {shown(self.dropout)} must lie in [0, 1)")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
             if not all(token is None or type(token) is int for token in ids):
-                wrong.append(f"{name} = {_short(value)} must be a token id")
+                wrong.append(f"{name} = {shown(value)} must be a token id")
         wrong += _wrong_rope_scaling(self.rope_scaling)
         if wrong:
             raise InputError("model configuration: " + "; ".join(wrong))
@@ -196,15 +197,15 @@ class ModelConfig:
                 f"{where}: {', '.join(code)} names code to be run, which is never done; remove it from a plain Llama"
             )
         if config.get("model_type") != "llama":
-            raise InputError(f"{where}: model_type is {config.get('model_type')!r}, only 'llama' is read here")
+            raise InputError(f"{where}: model_type is {shown(config.get('model_type'))}, only 'llama' is read here")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise InputError(f"{where}: hidden_act is {config['hidden_act']!r}, this model has 'silu'")
+            raise InputError(f"{where}: hidden_act is {shown(config['hidden_act'])}, this model has 'silu'")
         if config.get("quantization") or config.get("quantization_config"):
             raise InputError(f"{where}: the weights are quantised; convert them to fp32, fp16 or bf16 first")
         if config.get("rope_traditional"):
             raise InputError(f"{where}: rope_traditional is true, this model has the half-split layout")
         if config.get("pretraining_tp", 1) != 1:
-            raise InputError(f"{where}: pretraining_tp is {config['pretraining_tp']!r}, only 1 is supported")
+            raise InputError(f"{where}: pretraining_tp is {shown(config['pretraining_tp'])}, only 1 is supported")
         rope = config.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise DamagedFileError(f"{where}: rope_parameters is no object")
@@ -242,13 +243,8 @@ class ModelConfig:
             raise DamagedFileError(f"{where}: {error} is missing") from None
         except InputError as error:
             raise DamagedFileError(f"{where}: {error}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DamagedFileError(f"{where}: {error}") from None
-
-
-def _short(value: Any) -> str:
-    """What a file said, for an error: a few aliases in YAML can stand for gigabytes."""
-    return reprlib.repr(value)[:80]
 
 
 def _is_count(value: Any) -> bool:
@@ -256,28 +252,28 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _wrong_seed(seed: Any) -> list[str]:
     fine = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
-    return [] if fine else [f"seed = {seed!r} must be a whole number, at least 0 and below 2**63"]
+    return [] if fine else [f"seed = {shown(seed)} must be a whole number, at least 0 and below 2**63"]
 
 
 def _wrong_rope_scaling(scaling: dict[str, Any] | None) -> list[str]:
     if scaling is None:
         return []
     if not isinstance(scaling, dict):
-        return [f"rope_scaling = {_short(scaling)} must be a mapping with rope_type, factor, ..."]
+        return [f"rope_scaling = {shown(scaling)} must be a mapping with rope_type, factor, ..."]
     kind = scaling.get("rope_type")
     needed = {
         "linear": ["factor"],
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
     }
     if not isinstance(kind, str) or kind not in needed:
-        return [f"rope_scaling: rope_type {_short(kind)} is not supported; linear and llama3 are"]
+        return [f"rope_scaling: rope_type {shown(kind)} is not supported; linear and llama3 are"]
     wrong = [
-        f"rope_scaling: {key} = {scaling.get(key)!r} must be a positive number ({kind} needs it)"
+        f"rope_scaling: {key} = {shown(scaling.get(key))} must be a positive number ({kind} needs it)"
         for key in needed[kind]
         if not _is_positive(scaling.get(key))
     ]
@@ -327,16 +323,16 @@ class TrainConfig:
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_every", "eval_tokens", "save_every"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
-                wrong.append(f"{name} = {value!r} must be a whole number of at least 1")
+                wrong.append(f"{name} = {shown(value)} must be a whole number of at least 1")
         for name in ("epochs", "minutes", "lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
-                wrong.append(f"{name} = {value!r} must be a positive number")
+                wrong.append(f"{name} = {shown(value)} must be a positive number")
         for name in ("warmup", "final_lr", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
-                wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
+                wrong.append(f"{name} = {shown(getattr(self, name))} must lie in [0, 1]")
         if self.loss_on not in LOSS_ON:
-            wrong.append(f"loss_on = {self.loss_on!r} must be one of {', '.join(LOSS_ON)}")
+            wrong.append(f"loss_on = {shown(self.loss_on)} must be one of {', '.join(LOSS_ON)}")
         if self.steps is not None and self.minutes is not None:
             wrong.append("steps and minutes exclude each other")
         wrong += _wrong_seed(self.seed)
@@ -370,13 +366,22 @@ class ContinualLearningConfig:
     replay_buffer_size: int = option(10_000, "windows of earlier lessons that a domain keeps, at most")
     replay_ratio: float = option(0.5, "share of each batch that is drawn from the domain's earlier lessons; 0 is off")
     replay_strategy: str = option("uniform", "how they are drawn: uniform, importance or reservoir")
+    replay_targets: str = option(
+        "predictions",
+        "what they are held to: predictions, those of the version before, or tokens, which are learned again",
+    )
+    replay_weight: float = option(
+        4.0, "how strongly they are held to predictions; 1 weighs a nat of divergence like one of loss"
+    )
     use_ewc: bool = option(True, "whether a later lesson is held near what the earlier ones made of the adapter")
     ewc_lambda: float = option(1.0, "how strongly; 1 weighs it like as many tokens of the earlier lessons")
     ewc_gamma: float = option(0.95, "what is left of the Fisher of the lessons before, at each lesson")
     ewc_fisher_samples: int = option(8, "windows of the last lesson that its Fisher is estimated from, at most")
     base_ratio: float = option(0.05, "rows of text like the base's own, as a share of the batch that they are added to")
     distill_weight: float = option(
-        0.0, "how strongly rows that are not new are held to the frozen base's predictions; 1 weighs it like the loss"
+        0.0,
+        "how strongly text like the base's, and replayed text whose tokens are learned again, is held to the frozen "
+        "base's predictions; 1 weighs it like the loss",
     )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm")
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -395,7 +400,7 @@ class ContinualLearningConfig:
         for name in (*counts, "ewc_fisher_samples"):
             if not _is_count(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a whole number of at least 1")
-        for name in ("lora_alpha", "learning_rate", "max_grad_norm"):
+        for name in ("lora_alpha", "learning_rate", "max_grad_norm", "replay_weight"):
             if not _is_positive(getattr(self, name)) and (name, getattr(self, name)) != ("learning_rate", None):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
         for name in ("lora_dropout", "holdout", "replay_ratio", "base_ratio"):
@@ -409,6 +414,8 @@ class ContinualLearningConfig:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be 0 or a positive number")
         if self.replay_strategy not in REPLAY_STRATEGIES:
             wrong.append(f"replay_strategy = {self.replay_strategy!r} must be one of {', '.join(REPLAY_STRATEGIES)}")
+        if self.replay_targets not in REPLAY_TARGETS:
+            wrong.append(f"replay_targets = {self.replay_targets!r} must be one of {', '.join(REPLAY_TARGETS)}")
         targets = self.lora_target_modules
         if isinstance(targets, str) or not targets or not all(isinstance(name, str) for name in targets):
             wrong.append(f"lora_target_modules = {targets!r} must be names of linear layers, such as q_proj")

@@ -20,6 +20,13 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return kernels.logsumexp(logits) - chosen
 
 
+def divergence(logits: mx.array, teacher: mx.array) -> mx.array:
+    """KL(teacher || ours) in nats of the distributions under two logits (..., V); float32, shape (...)."""
+    ours, theirs = (x.astype(mx.float32) for x in (logits, teacher))
+    ours, theirs = (x - kernels.logsumexp(x)[..., None] for x in (ours, theirs))
+    return (kernels.exp(theirs) * (theirs - ours)).sum(axis=-1)
+
+
 def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
     """Masked loss of windows `tokens` (B, T+1); `mask` (B, T) weighs target t+1 of each row.
 
@@ -32,22 +39,29 @@ def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple
     return kernels.summed_cross_entropy(hidden, model.head_weight, tokens[:, 1:], mask), mask.sum()
 
 
-def distilled_loss_of(
-    model: BaseModel, weight: float
-) -> Callable[[Any, mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """As `loss_of` in float32, with `weight` times the divergence from a teacher's predictions added to the sum.
+def held_loss_of(model: BaseModel) -> Callable[..., tuple[mx.array, mx.array]]:
+    """As `loss_of`, also of batches whose last rows are held to a teacher's predictions, with or without their tokens.
 
-    The function also takes the teacher's final hidden states (B, T, D), and (B, T) which of them count.
+    The function takes tokens (B, T + 1) and mask (C, T) of the first C rows. Where rows are held it also takes what
+    `model.hidden` gives of the teacher for the last R of them (R, T, ...), and weights (R, T) of their divergence in
+    nats, which is added to the sum.
     """
 
     def loss(
-        parameters: Any, tokens: mx.array, mask: mx.array, teacher: mx.array, distilled: mx.array
+        parameters: Any, tokens: mx.array, mask: mx.array, teacher: mx.array | None = None, held: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
         model.update(parameters)
+        if teacher is None or held is None:
+            return next_token_loss(model, tokens, mask)
         hidden: mx.array = model.hidden(tokens[:, :-1])  # (B, T, D)
-        head: Any = model.head_weight  # (V, D)
-        own = kernels.summed_cross_entropy(hidden, head, tokens[:, 1:], mask)
-        return own + weight * kernels.summed_divergence(hidden, teacher, head, distilled), mask.sum()
+        learned, rest = hidden[: len(mask)], hidden[len(hidden) - len(held) :]
+        targets = tokens[: len(mask), 1:]
+        head = model.head_weight  # (V, D)
+        if head is None:
+            losses = cross_entropy(model.head(learned), targets) * mask
+            return losses.sum() + (divergence(model.head(rest), model.head(teacher)) * held).sum(), mask.sum()
+        total = kernels.summed_cross_entropy(learned, head, targets, mask)
+        return total + kernels.summed_divergence(rest, teacher, head, held), mask.sum()
 
     return loss
 

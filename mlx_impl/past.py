@@ -29,15 +29,16 @@ FISHER_SHARE = 0.05
 class Past:
     """The domain's buffer, which takes up the new lesson's windows too, and the pull towards the version before.
 
-    `lesson` numbers the one that begins; `source` and `importance` are its own. `fisher` is the accumulated one, in
-    nats^2 per token, and `penalty` the distance from the version before in nats per token; both are None where there is
-    nothing to be held near.
+    `lesson` numbers the one that begins; `source` and `importance` are its own. `anchor` is the adapter of the version
+    before, `fisher` the accumulated one, in nats^2 per token, and `penalty` the distance from the anchor in nats per
+    token; they are None where there is nothing to be held near.
     """
 
     buffer: ReplayBuffer
     lesson: int
     source: str = "text"
     importance: float = 1.0
+    anchor: Arrays | None = None
     fisher: Arrays | None = None
     penalty: Callable[[Tree], mx.array] | None = None
 
@@ -62,12 +63,13 @@ def recall(
     domain never had. Raises DamagedFileError where what was stored is not what was written.
     """
     past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
-    if parent is not None and config.use_ewc and config.ewc_lambda > 0:
-        anchor = lora.adapter_arrays(model)
-        before = read_fisher(store.files_of(parent), anchor)
+    if parent is not None:
+        past.anchor = lora.adapter_arrays(model)
+    if parent is not None and past.anchor is not None and config.use_ewc and config.ewc_lambda > 0:
+        before = read_fisher(store.files_of(parent), past.anchor)
         past.fisher = _fisher(before, past.buffer, parent.depth, model, config, mx.random.key(seed), budget)
         if past.fisher is not None:
-            past.penalty = _penalty(anchor, past.fisher, config.ewc_lambda)
+            past.penalty = _penalty(past.anchor, past.fisher, config.ewc_lambda)
     return past
 
 

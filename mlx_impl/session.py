@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_impl import lora
+from mlx_impl.arrays import unflatten
 from mlx_impl.base import BaseModel
 from mlx_impl.config import LEAST_STEPS, Budget, ContinualLearningConfig
 from mlx_impl.data import Tokens
-from mlx_impl.errors import InputError, NonFiniteLossError
-from mlx_impl.loss import distilled_loss_of, loss_of, window_losses
+from mlx_impl.errors import NonFiniteLossError
+from mlx_impl.loss import held_loss_of, window_losses
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.past import Past
 from mlx_impl.replay import Sample, extend, mix, split_rows
@@ -77,12 +78,9 @@ class Session:
         mx.random.seed(seed)
         optimizer = AdamW(config.peak_rate(self.total), betas=(0.9, 0.999), weight_decay=config.weight_decay)
         compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
-        self.distilling = config.distill_weight > 0 and (self.ratio > 0 or like_base is not None)
-        if self.distilling and model.head_weight is None:
-            raise InputError("distillation needs a model whose logits are one matrix product; leave --distill out")
-        loss = distilled_loss_of(model, config.distill_weight) if self.distilling else loss_of(model)
+        self.predicted = config.replay_targets == "predictions"
         self.stepper = Stepper(
-            model.trainable_parameters(), optimizer, loss, config.max_grad_norm, compiled, past.penalty
+            model.trainable_parameters(), optimizer, held_loss_of(model), config.max_grad_norm, compiled, past.penalty
         )
         self.step = self.tokens = self.replayed = 0
         self.seconds = 0.0
@@ -143,21 +141,44 @@ class Session:
         return extend(sample, *self.like_base.take(min(count, len(self.like_base.windows))))
 
     def _batch(self, sample: Sample, new: int) -> tuple[mx.array, ...]:
-        """What the loss takes of a microbatch whose first `new` rows are the lesson's own."""
-        batch = sample.tokens, sample.mask * sample.weights[:, None]
-        if not self.distilling:
-            return batch
-        head: Any = self.model.head_weight  # (V, D)
-        teacher = mx.zeros((new, sample.mask.shape[1], head.shape[1]), head.dtype)
-        if len(sample.tokens) > new:
-            self.model.train(False)  # what the base predicts, not what dropout makes of it
-            with lora.bare(self.model):
-                known = self.model.hidden(sample.tokens[new:, :-1])  # (B - new, T, D)
+        """What the loss takes of a microbatch: the `new` rows of the lesson's own, replayed ones, ones like the base's.
+
+        Replayed windows are held to what the version before predicts on them. Their tokens would be learned by heart:
+        a short lesson's few windows come up again and again, while the text that they stand for is forgotten.
+        """
+        weights = sample.mask * sample.weights[:, None]  # (B, T)
+        behind = new + len(sample.rows)
+        replayed, general = slice(new, behind), slice(behind, len(weights))
+        strength = self.config.distill_weight
+        order, learned = [slice(0, behind), general], len(weights)
+        if self.predicted:
+            order, learned = [slice(0, new), general, replayed], len(weights) - len(sample.rows)  # the rest: no tokens
+            teachers = [(general, True, strength), (replayed, False, self.config.replay_weight)]
+        else:
+            teachers = [(slice(new, len(weights)), True, strength)]
+        teachers = [part for part in teachers if part[0].stop > part[0].start and part[2] > 0]
+        if not teachers:
+            return sample.tokens, weights
+        states = [self._predictions(sample.tokens[rows, :-1], of_base) for rows, of_base, _ in teachers]
+        held = [factor * weights[rows] for rows, _, factor in teachers]
+        tokens, mask = (mx.concatenate([array[rows] for rows in order]) for array in (sample.tokens, weights))
+        return tokens, mask[:learned], mx.concatenate(states), mx.concatenate(held)
+
+    def _predictions(self, tokens: mx.array, of_base: bool) -> mx.array:
+        """Final states (R, T, ...) of the bare base on tokens (R, T), or of the version before."""
+        self.model.train(False)  # what they predict, not what dropout makes of it
+        try:
+            if of_base:
+                with lora.bare(self.model):
+                    states = self.model.hidden(tokens)
+            else:
+                self.model.update(unflatten(self.past.anchor or {}))
+                states = self.model.hidden(tokens)
+            mx.eval(states)  # no part of the step's graph
+            return states
+        finally:
+            self.model.update(self.stepper.parameters)
             self.model.train()
-            teacher = mx.concatenate([teacher, known])
-        mx.eval(teacher)
-        behind = mx.arange(len(sample.tokens))[:, None] >= new  # (B, 1)
-        return *batch, teacher, batch[1] * behind
 
     def _refresh(self, sample: Sample) -> None:
         """Note what the replayed windows of a batch cost now, for the next draws: one more forward pass over them."""

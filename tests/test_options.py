@@ -17,10 +17,10 @@ from lessons import opened, text, tiny_base, tiny_tokenizer
 import cli
 from mlx_impl import kernels, lora, session
 from mlx_impl.arrays import flatten
-from mlx_impl.config import Budget, ContinualLearningConfig, ModelConfig
+from mlx_impl.config import REPLAY_TARGETS, Budget, ContinualLearningConfig, ModelConfig
 from mlx_impl.errors import InputError, LockedError
 from mlx_impl.learner import ContinualLearner
-from mlx_impl.loss import distilled_loss_of, loss_of
+from mlx_impl.loss import divergence, held_loss_of, loss_of
 from mlx_impl.memory import lesson_bytes, pretraining_bytes
 from mlx_impl.model import ContinualLLM
 from mlx_impl.readers import text_document
@@ -72,17 +72,26 @@ def test_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch, rows: int)
     assert mx.abs(mx.grad(fast)(theirs)).max().item() < 1e-6
 
 
-def test_a_distilled_loss_is_the_loss_and_the_divergence(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("learned", [1, 2, 3], ids=["rows apart", "one row both", "all rows"])
+@pytest.mark.parametrize("matrix", [True, False], ids=["head", "logits"])
+def test_a_held_loss_is_the_loss_of_the_first_rows_and_the_divergence_of_the_last(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: int, matrix: bool
+) -> None:
     model = opened(base, tmp_path / "s").model
     lora.attach(model, lora.LoRAConfig(4), mx.random.key(1))
-    tokens = mx.random.randint(0, model.vocab_size, (2, 9), key=mx.random.key(2))
-    mask, parameters = mx.ones((2, 8)), model.trainable_parameters()
-    teacher = mx.random.normal((2, 8, 32), key=mx.random.key(3))
-    plain, count = loss_of(model)(parameters, tokens, mask)
-    distilled, same_count = distilled_loss_of(model, 0.5)(parameters, tokens, mask, teacher, mask)
-    divergence = kernels.summed_divergence(model.hidden(tokens[:, :-1]), teacher, model.head_weight, mask)
-    assert distilled.item() == pytest.approx((plain + 0.5 * divergence).item(), rel=1e-5)
-    assert count.item() == same_count.item() == 16
+    tokens = mx.random.randint(0, model.vocab_size, (3, 9), key=mx.random.key(2))
+    mask, parameters = mx.ones((learned, 8)), model.trainable_parameters()
+    teacher, held = mx.random.normal((2, 8, 32), key=mx.random.key(3)), mx.array([[0.5] * 8, [0, 2] * 4])
+    plain, count = loss_of(model)(parameters, tokens[:learned], mask)
+    ours = model(tokens[1:, :-1])
+    expected = plain + (divergence(ours, model.head(teacher)) * held).sum()
+    if not matrix:
+        monkeypatch.setattr(type(model), "head_weight", None)
+    found, same_count = held_loss_of(model)(parameters, tokens, mask, teacher, held)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert count.item() == same_count.item() == 8 * learned
+    alone, _ = held_loss_of(model)(parameters, tokens[:learned], mask)
+    assert alone.item() == plain.item()
 
 
 def test_bare_gives_the_base_and_then_the_same_adapter(base: Path, tmp_path: Path) -> None:
@@ -123,44 +132,81 @@ def learner_tokens(learner: ContinualLearner, documents: list):
     return tokens_of(documents, learner.tokenizer)
 
 
-def test_distillation_alone_changes_a_second_lesson_and_no_first(base: Path, tmp_path: Path) -> None:
-    arrays = {}
-    for weight in (0.0, 1.0):
-        learner = opened(base, tmp_path / str(weight), distill_weight=weight)
+@pytest.mark.parametrize("changes", [{"distill_weight": 1.0, "replay_targets": "tokens"}, {"replay_targets": "tokens"}])
+def test_teachers_change_a_second_lesson_and_no_first(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    arrays = []
+    for settings in ({}, changes):
+        learner = opened(base, tmp_path / str(len(arrays)), **settings)
         learner.learn_from_text(text(1), budget=STEPS)
         first = changed(learner)
         learner.learn_from_text(text(2), budget=STEPS)
-        arrays[weight] = first, changed(learner)
-    assert same(arrays[0.0][0], arrays[1.0][0])
-    assert not same(arrays[0.0][1], arrays[1.0][1])
+        arrays.append((first, changed(learner)))
+    assert same(arrays[0][0], arrays[1][0])
+    assert not same(arrays[0][1], arrays[1][1])
 
 
-def test_the_teacher_is_the_base_without_dropout(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+@pytest.mark.parametrize("targets", REPLAY_TARGETS)
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_rows_and_their_teachers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: str, strength: float
+) -> None:
+    """New, replayed and base-like rows: what the loss is given of each, without dropout, and the windows they are."""
+    seen: list[tuple[mx.array, ...]] = []
 
-    def spied(model: ContinualLLM, weight: float) -> Callable:
-        loss = distilled_loss_of(model, weight)
+    def spied(model: ContinualLLM) -> Callable:
+        loss = held_loss_of(model)
+        return lambda parameters, *batch: (seen.append(batch), loss(parameters, *batch))[1]
 
-        def noted(parameters: Any, *batch: mx.array) -> tuple[mx.array, mx.array]:
-            seen.append(batch)
-            return loss(parameters, *batch)
-
-        return noted
-
-    monkeypatch.setattr(session, "distilled_loss_of", spied)
-    learner = opened(base, tmp_path / "s", distill_weight=1.0, base_ratio=0.5)
+    learner = opened(
+        base, tmp_path / "s", distill_weight=strength, base_ratio=0.5, replay_targets=targets, replay_weight=3.0
+    )
     for layer in learner.model.layers:
         layer._dropout = nn.Dropout(0.5)
-    general = [text_document(text(9, 4000), "general")]
     learner.learn_from_text(text(1), budget=STEPS)
-    learner.learn([text_document(text(2), "new")], budget=STEPS, like_base=general)
+    before = lora.adapter_arrays(learner.model)
+    monkeypatch.setattr(session, "held_loss_of", spied)
+    learner.learn([text_document(text(2), "new")], budget=STEPS, like_base=[text_document(text(9, 4000), "general")])
     assert len(seen) == STEPS.steps
-    for tokens, _, teacher, distilled in seen:
-        with lora.bare(learner.model):
-            expected = learner.model.hidden(tokens[:, :-1])
-        counted = distilled.max(axis=1) > 0
-        assert 0 < counted.sum().item() < len(tokens)
-        np.testing.assert_allclose(*(np.array(x)[np.array(counted)] for x in (teacher, expected)), atol=1e-5)
+    windows = {name: known_windows(learner, content) for name, content in enumerate((text(2), text(1), text(9, 4000)))}
+    for tokens, mask, *teaching in seen:
+        kinds = [next(kind for kind, known in windows.items() if row in known) for row in tokens.tolist()]
+        predicted = targets == "predictions"
+        assert kinds == ([0, 2, 1] if predicted else [0, 1, 2])
+        assert len(mask) == (2 if predicted else 3)
+        taught = [kind for kind in kinds if (kind == 1 and predicted) or (kind > 0 and strength)]
+        assert bool(teaching) == bool(taught)
+        if teaching:
+            states, held = teaching
+            assert len(states) == len(held) == len(taught)
+            factors = [3.0 if kind == 1 and predicted else strength for kind in taught]
+            np.testing.assert_allclose(np.array(held.max(axis=1)), factors, rtol=1e-5)
+            for kind, row, found in zip(taught, tokens[-len(taught) :], states, strict=True):
+                lora.detach(learner.model)
+                if kind == 1 and predicted:
+                    lora.attach_arrays(learner.model, before, 2.0)
+                learner.model.train(False)
+                expected = learner.model.hidden(row[None, :-1])[0]
+                np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)
+
+
+def known_windows(learner: ContinualLearner, content: str) -> list[list[int]]:
+    windows = Windows(learner_tokens(learner, [text_document(content, "x")]), learner.config.seq_len)
+    rows: list[list[int]] = windows.batch(range(len(windows)))[0].tolist()
+    return rows
+
+
+def test_predictions_keep_what_tokens_overwrite(base: Path, tmp_path: Path) -> None:
+    """After a second lesson the first one's predictions, on text like its own, are nearer to what they were."""
+    moved = {}
+    for targets in REPLAY_TARGETS:
+        settings = {"replay_targets": targets, "learning_rate": 2e-2, "holdout": 0.0, "use_ewc": False}
+        learner = opened(base, tmp_path / targets, **settings)
+        learner.learn_from_text(text(1, 2500), budget=Budget(steps=20))
+        ids = mx.array([learner.tokenizer.encode(text(1, 5000)[2500:])[:200][i : i + 32] for i in range(0, 160, 32)])
+        before = learner.model(ids)
+        learner.learn_from_text(text(2, 2500), budget=Budget(steps=20))
+        moved[targets] = divergence(learner.model(ids), before).mean().item()
+    assert moved["predictions"] < 0.75 * moved["tokens"]
 
 
 # -- text like the base's ----------------------------------------------------------------------------------------------

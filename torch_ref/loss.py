@@ -19,6 +19,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.log(mass) + largest - chosen
 
 
+def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || ours) in nats of the distributions under two logits (..., V); float32, shape (...).
+
+    sum_v p_v (log p_v - log q_v) with p = softmax(teacher), q = softmax(logits).
+    """
+    ours, theirs = (x.float() - torch.logsumexp(x.float(), dim=-1, keepdim=True) for x in (logits, teacher))
+    return (torch.exp(theirs) * (theirs - ours)).sum(dim=-1)
+
+
 def next_token_loss(model: nn.Module, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Masked loss of windows `tokens` (B, T+1); `mask` (B, T) weighs target t+1 of each row.
 
