@@ -4,7 +4,7 @@ Each lesson is a group of documents of about 2,048 tokens. Beside it stand joint
 with as many new tokens, and mlx-lm's LoRA trainer, resumed from lesson to lesson at the learning rate that suited the
 first ones best. All are measured by the same code on the same held-out windows. It goes on where it was stopped.
 
-    python -m benchmarks.lessons [--data DIR] [--lessons 20] [--steps 4] [--set ewc_lambda=1] [--quick]
+    python -m benchmarks.lessons [--data DIR] [--lessons 20] [--steps 8] [--set ewc_lambda=1] [--quick]
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Plan:
     """What is taught, and at which learning rates mlx-lm is tried on the first `tuned_on` lessons."""
 
     lessons: int = 20
-    steps: int = 4
+    steps: int = 8
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     tuned_on: int = 2
     seed: int = 0

@@ -6,7 +6,8 @@ Domains are the NAME/train.txt of a folder, `docs` (Python's language reference,
   perplexity  loss of the text under every adapter and the base; the base unless an adapter is better by a margin
   hidden      mean hidden state of the base at half its depth, class means with a shared covariance; the base if far
   words       naive Bayes on token counts; the base unless a domain is likelier than text of any kind by a margin
-  router      what `--domain auto` does: words with fixed margins, and the base's surprise for short prompts
+  router      what `--domain auto` does: words and the base's states without a margin, for short prompts words and the
+              base's surprise
 
 Margins of the first three are fitted on every other window, for each length; all are scored on the rest.
 
@@ -378,6 +379,7 @@ def _cost(learner: ContinualLearner, domains: list[str], prompt: Ids) -> dict[st
         "read_adapter": _timed(lambda: read_adapter(learner.store.files_of(head))),
         "attach": _timed(lambda: learner.set_adapter(domains[0])),
         "general_frequencies": _timed(lambda: general_frequencies(learner.tokenizer)),
+        "route_these_domains": _timed(lambda: learner.route(ids)),
     }
     learner.set_adapter(None)
     once = seconds["read_statistics"] + seconds["evidence"]

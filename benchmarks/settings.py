@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", help="which of them  [default: the first]")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a lesson  [default: 8192]")
     parser.add_argument("--rows", default="1,2,4", help="windows a step  [default: 1,2,4]")
-    parser.add_argument("--rates", default="1e-3,2e-3,4e-3", help="learning rates  [default: 1e-3,2e-3,4e-3]")
+    parser.add_argument(
+        "--rates", default="1e-3,2e-3,4e-3", help="learning rates, numbers or default  [default: 1e-3,2e-3,4e-3]"
+    )
     parser.add_argument("--valid", action="store_true", help="measure on NAME/valid.txt: not for choosing settings")
     parser.add_argument("--name", default="settings", help="results are written under this name")
     add_common_options(parser, "settings", quick=False)
@@ -68,10 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gains = {}
     for rows in options.rows.split(","):
         for rate in options.rates.split(","):
-            tried = dataclasses.replace(config, batch_size=int(rows), learning_rate=float(rate))
+            number = None if rate == "default" else float(rate)
+            tried = dataclasses.replace(config, batch_size=int(rows), learning_rate=number)
             key = repr(sorted(dataclasses.asdict(tried).items()))
             figures = work.once(key, partial(lesson, model, taught, unseen, tried, options.tokens))
-            gains[f"{rows} windows, {float(rate):g}"] = {"gain": base - figures["loss"], **figures}
+            gains[f"{rows} windows, {rate if number is None else f'{number:g}'}"] = {
+                "gain": base - figures["loss"],
+                **figures,
+            }
             say(f"{rows} windows a step, learning rate {rate}: gains {base - figures['loss']:.4f} nats per token")
     record(
         options.name,

@@ -321,7 +321,7 @@ class ContinualLearner:
         _check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        statistics = self._statistics(train, parent, budget, measuring.speed)
+        statistics = self._statistics(train, parent, budget)
         length = min(self.config.seq_len, len(train) - 1)
         past = recall(self.store, parent, self.model, self.config, seed, budget, length)
         past.source, past.importance = source, importance
@@ -369,24 +369,24 @@ class ContinualLearner:
         self.adapter, self._attached = domain, (arrays, shape.scale)
         return lesson
 
-    def _statistics(self, train: data.Tokens, parent: Version | None, budget: Budget, speed: float) -> Statistics:
-        """What the router will know of the domain after this lesson; `speed` is in tokens a second of a forward pass.
-
-        States of this lesson are left out where the time is too short for them.
-        """
+    def _statistics(self, train: data.Tokens, parent: Version | None, budget: Budget) -> Statistics:
+        """What the router will know of the domain after this lesson: no states of it where the time is too short."""
         before = (read_statistics(self.store.files_of(parent)) if parent else None) or {}
         statistics = {**before, **count_tokens(train.ids, before or None)}
-        affordable = math.inf if budget.steps is not None else STATES_SHARE * budget.seconds * speed
+        start, rows = states.first_token(self.tokenizer), states.stretches(train.ids, states.PER_LESSON)
         with lora.bare(self.model):
+            started = time.perf_counter()
+            states.mean_states(self.model, rows[:1], start)
+            one = time.perf_counter() - started
+            affordable = STATES_SHARE * budget.seconds / one if budget.steps is None else math.inf  # stretches
             background = self._router.background()
-            if background is None and (rows := states.affordable(affordable / 2, states.MADE_UP, 4)):  # twice the price
-                background = states.background(self.model, self.tokenizer, rows)
-                affordable -= 2 * rows * states.STRETCH
-            count = states.affordable(4 * affordable, states.PER_LESSON, 1)  # a quarter of the way up
-            if background is None or not count:
+            if background is None and affordable > states.PRICE:
+                background = states.background(self.model, self.tokenizer)
+                affordable -= states.PRICE
+            if background is None or affordable < 1:
                 return statistics
-            start = states.first_token(self.tokenizer)
-            means = states.mean_states(self.model, states.stretches(train.ids, count), start)
+            rows = states.stretches(train.ids, int(min(affordable, states.PER_LESSON)))
+            means = states.mean_states(self.model, rows, start)
         if states.MEANS in before:
             share = len(train) / float(statistics["counts"].sum())
             means = states.merged(before[states.MEANS], means, share)

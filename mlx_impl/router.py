@@ -41,7 +41,7 @@ WORDS_WEIGHT = 0.25
 """Of the words' evidence where there are states: tokens do not come independently, and it claims too much."""
 
 LEAST_EVIDENCE = 4.0
-"""Nats of evidence by words alone that a domain must exceed, however long the prompt."""
+"""Nats by which words alone must speak for a domain, however long the prompt; taken off their evidence."""
 
 SHORT = 16
 """Tokens below which the base must have been surprised too."""
@@ -138,14 +138,13 @@ class Router:
         if self._general is None:
             self._general = general_frequencies(self._tokenizer)
         scores = {domain: evidence(statistics, ids, self._general) for domain, statistics in known.items()}
-        least = LEAST_EVIDENCE
+        scores = {domain: score - LEAST_EVIDENCE for domain, score in scores.items()}
         if len(ids) >= SHORT and (discriminant := self._discriminant_of(known)) is not None:
             mean = states.mean_states(self._model, np.array([ids], np.int32), states.first_token(self._tokenizer))[0]
-            added = discriminant.evidence(mean, len(ids))
-            scores = {domain: WORDS_WEIGHT * score + added[domain] for domain, score in scores.items()}
-            least = 0.0
+            for domain, added in discriminant.evidence(mean, len(ids)).items():
+                scores[domain] = WORDS_WEIGHT * (scores[domain] + LEAST_EVIDENCE) + added
         best = max(scores, key=scores.__getitem__)
-        if scores[best] <= least:
+        if scores[best] <= 0:
             return Routing(None, scores)
         if len(ids) >= SHORT:
             return Routing(best, scores)
@@ -162,13 +161,14 @@ class Router:
         return None
 
     def _discriminant_of(self, known: dict[str, Statistics]) -> states.Discriminant | None:
-        """Between these domains; None where one of them has no states, which could not be compared with the others'."""
-        if not all(states.MEANS in statistics and states.BACKGROUND in statistics for statistics in known.values()):
+        """Between those of the domains that have states, which those from elsewhere do not; None where none has."""
+        having = {domain: one for domain, one in known.items() if states.MEANS in one and states.BACKGROUND in one}
+        if not having:
             return None
-        key = tuple(id(statistics) for statistics in known.values())
+        key = tuple(id(statistics) for statistics in having.values())
         if self._discriminant is None or self._discriminant[0] != key:
-            means = {domain: statistics[states.MEANS] for domain, statistics in known.items()}
-            background = next(iter(known.values()))[states.BACKGROUND]
+            means = {domain: statistics[states.MEANS] for domain, statistics in having.items()}
+            background = next(iter(having.values()))[states.BACKGROUND]
             self._discriminant = key, states.Discriminant(means, background)
         return self._discriminant[1]
 

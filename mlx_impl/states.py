@@ -29,10 +29,13 @@ PER_LESSON = 24
 """Means taken of a lesson, at most."""
 
 MADE_UP = 16
-"""Stretches that the base makes up, for text of no domain; a quarter of them will do."""
+"""Stretches that the base makes up, for text of no domain."""
 
 MEANS, BACKGROUND = "means", "background"
 """Names of the two in a version's statistics: (N, D) each."""
+
+PRICE = 40
+"""Of the background in stretches read one at a time, roughly: it is made token by token, all of it side by side."""
 
 ROWS = 8
 """Stretches that go through the base together."""
@@ -89,17 +92,11 @@ def stretches(ids: NDArray[np.int32], count: int) -> NDArray[np.int32]:
     return np.stack([ids[start : start + STRETCH] for start in starts])
 
 
-def background(model: BaseModel, tokenizer: Tokenizer, rows: int = MADE_UP) -> Floats:
-    """Means of texts that the bare base makes up, (rows, D): what it expects before it knows the subject."""
+def background(model: BaseModel, tokenizer: Tokenizer) -> Floats:
+    """Means of texts that the bare base makes up, (MADE_UP, D): what it expects before it knows the subject."""
     start = first_token(tokenizer)
-    drawn = generate.sampled_rows(model, start, rows, STRETCH, mx.random.key(SEED), tokenizer.vocab_size)
+    drawn = generate.sampled_rows(model, start, MADE_UP, STRETCH, mx.random.key(SEED), tokenizer.vocab_size)
     return mean_states(model, np.array(drawn, np.int32), start)
-
-
-def affordable(tokens: float, rows: int, at_least: int) -> int:
-    """Stretches, at most `rows`, that take no longer than so many tokens of a forward pass; 0 if not `at_least`."""
-    count = min(float(rows), tokens / STRETCH)
-    return int(count) if count >= at_least else 0
 
 
 def first_token(tokenizer: Tokenizer) -> int:

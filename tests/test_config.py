@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_impl.config import (
     LORA_TARGETS,
     PRESETS,
+    RATE_STEPS,
     ContinualLearningConfig,
     ModelConfig,
     TrainConfig,
@@ -177,3 +178,10 @@ def test_every_field_explains_itself(cls: type) -> None:
     for field in dataclasses.fields(cls):
         assert len(help_of(cls, field.name)) > 8
         assert default_of(cls, field.name) == field.default
+
+
+def test_the_peak_rate_falls_with_the_number_of_steps_unless_it_was_asked_for() -> None:
+    config = ContinualLearningConfig()
+    assert [config.peak_rate(steps) for steps in (1, RATE_STEPS, 4 * RATE_STEPS)] == [2e-3, 2e-3, 1e-3]
+    asked = checked(ContinualLearningConfig, {"learning_rate": "3e-4"}, "x")
+    assert asked.peak_rate(1) == asked.peak_rate(1000) == 3e-4

@@ -96,6 +96,18 @@ def test_cross_entropy(size: float) -> None:
     assert_close("reference", reference, definition.reshape(3, 5), of_largest=1e-6)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_divergence(size: float) -> None:
+    random = np.random.default_rng(2)
+    logits, teacher = (size * random.standard_normal((2, 5, 40), np.float32) for _ in range(2))
+    ours = mlx_impl.loss.divergence(mx.array(logits), mx.array(teacher))
+    reference = torch_ref.loss.divergence(torch.tensor(logits), torch.tensor(teacher))
+    ours_p, theirs_p = (torch.log_softmax(torch.tensor(x), -1) for x in (logits, teacher))
+    definition = torch.nn.functional.kl_div(ours_p, theirs_p, reduction="none", log_target=True).sum(-1)
+    np.testing.assert_allclose(np.array(ours), reference.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reference.numpy(), definition.numpy(), rtol=1e-5, atol=1e-5)
+
+
 # -- forward and backward ------------------------------------------------------------
 
 
