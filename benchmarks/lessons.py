@@ -39,7 +39,8 @@ from mlx_impl.data import Tokens, tokens_of
 from mlx_impl.evaluate import evaluate
 from mlx_impl.holdout import estimated_tokens, split_holdout
 from mlx_impl.hub import default_model
-from mlx_impl.learner import HELD_OUT_AT_MOST, ContinualLearner
+from mlx_impl.learner import ContinualLearner
+from mlx_impl.lesson import HELD_OUT_AT_MOST
 from mlx_impl.matrix import ForgettingMatrix
 from mlx_impl.readers import Document
 from mlx_impl.windows import evaluation_windows

@@ -20,7 +20,7 @@ from foreign_models import base_arrays, write_foreign
 from lessons import SETTINGS, text, tiny_base, tiny_tokenizer
 from terminal import isolate, run, tree
 
-from mlx_impl import lora
+from mlx_impl import foreigndir, lora
 from mlx_impl.adapters import read_adapter, read_fisher
 from mlx_impl.base import linear_paths
 from mlx_impl.config import LORA_TARGETS, Budget
@@ -29,7 +29,8 @@ from mlx_impl.exchange import export_adapter, import_adapter
 from mlx_impl.foreign import TESTED, ForeignLLM, open_model
 from mlx_impl.fusing import fuse
 from mlx_impl.generate import Sampling, decode, naive
-from mlx_impl.learner import ContinualLearner, Lesson
+from mlx_impl.learner import ContinualLearner
+from mlx_impl.lesson import Lesson
 from mlx_impl.loss import cross_entropy, next_token_loss
 from mlx_impl.model import ContinualLLM
 from mlx_impl.readers import text_document
@@ -224,6 +225,31 @@ def test_targets_by_name(qwen: Path, tmp_path: Path) -> None:
     assert {path.rpartition(".")[2] for path, _ in lora.lora_layers(learner.model)} == {"qkv_proj"}
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_chooses_the_experts_is_adapted_only_by_name(bits: int | None, tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", "qwen3_moe", tokenizer(), hidden_size=64, head_dim=16)
+    if bits is not None:
+        from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+        network, config = quantize_model(*load_model(base), 64, bits)
+        save_model(base, network)
+        save_config(config, base / "config.json")
+    model = open_model(base)
+    names = {path.rpartition(".")[2] for path in linear_paths(model, LORA_TARGETS)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert linear_paths(model, ["gate"]) == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+
+
+def test_an_mlx_lm_that_finds_its_classes_otherwise_is_not_every_model_s_fault(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_lm import utils
+
+    monkeypatch.delattr(utils, "_get_classes")
+    with pytest.raises(AttributeError, match="_get_classes"):
+        open_model(qwen)
+
+
 def test_shapes_come_from_the_many_names_in_config(tmp_path: Path, qwen: Path) -> None:
     gpt2 = open_model(write_foreign(tmp_path / "gpt2", "gpt2", tokenizer())).config
     assert dataclasses.astuple(gpt2) == (tokenizer().vocab_size, 32, 2, 4, 128, 128)
@@ -272,6 +298,53 @@ def test_adapters_move_to_mlx_lm_and_peft_and_back(qwen: Path, tmp_path: Path) -
         import_adapter(open_store(qwen, tmp_path / "other"), "theirs", qwen, tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "phi3"])
+def test_an_adapter_of_mlx_lm_comes_back_under_the_networks_own_names(kind: str, tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", kind, tokenizer())
+    learner = opened(base)
+    learner.learn_from_text(text(2), budget=BUDGET)
+    export_adapter(learner.store, "main", base, tmp_path / "theirs", "mlx-lm")
+    version = import_adapter(learner.store, "again", base, tmp_path / "theirs")
+    before, after = (learner.store.files_of(learner.store.require(name)) for name in ("main", "again"))
+    assert json.loads((after / "adapter_config.json").read_text()) == json.loads(
+        (before / "adapter_config.json").read_text()
+    )
+    ours, theirs = read_adapter(before), read_adapter(learner.store.files_of(version))
+    assert (theirs[1], theirs[0].keys()) == (ours[1], ours[0].keys())
+    assert all(mx.array_equal(theirs[0][name], ours[0][name]).item() for name in ours[0])
+    other = opened(base)
+    other.set_adapter("again")
+    tokens = mx.array([tokenizer().encode(text(2))[:40]])
+    learner.set_adapter("main")
+    assert mx.array_equal(other.model(tokens), learner.model(tokens)).item()
+
+
+def test_an_adapter_on_what_is_no_linear_layer_is_refused_before_it_is_a_domain(tmp_path: Path) -> None:
+    """A mixture's experts are matrices in its files, and one stack of them in its network."""
+    base = write_foreign(tmp_path / "base", "qwen3_moe", tokenizer())
+    arrays = dict(mx.load(str(base / "model.safetensors")))
+    stacks = {name: array for name, array in arrays.items() if ".switch_mlp." in name}
+    for name, array in stacks.items():  # as the hub has them
+        for expert in range(len(array)):
+            arrays[name.replace("switch_mlp", f"experts.{expert}")] = mx.contiguous(array[expert])
+        del arrays[name]
+    mx.eval(arrays)
+    mx.save_safetensors(str(base / "model.safetensors"), arrays)
+    open_model(base)
+    path = "model.layers.0.mlp.experts.0.up_proj"
+    rows, width = arrays[f"{path}.weight"].shape
+    (tmp_path / "peft").mkdir()
+    names = {"A": mx.ones((3, width)), "B": mx.ones((rows, 3))}
+    tensors = {f"base_model.model.{path}.lora_{half}.weight": array for half, array in names.items()}
+    mx.save_safetensors(str(tmp_path / "peft" / "adapter_model.safetensors"), tensors)
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    store = open_store(base, tmp_path / "store")
+    with pytest.raises(DamagedFileError, match=rf"{path} is no linear layer of it"):
+        import_adapter(store, "theirs", base, tmp_path / "peft")
+    assert store.head("theirs") is None
+
+
 def test_base_and_adapter_become_one_model(qwen: Path, tmp_path: Path) -> None:
     learner = opened(qwen)
     learner.set_adapter("main")
@@ -289,7 +362,7 @@ def test_base_and_adapter_become_one_model(qwen: Path, tmp_path: Path) -> None:
     gpt2.learn_from_text(text(2), budget=BUDGET)
     with pytest.raises(InputError, match=r"model\.h\..*\.weight .* is not in the files"):
         fuse(gpt2.store, "main", base, tmp_path / "out")
-    with pytest.raises(InputError, match="a gpt2 names its layers otherwise"):
+    with pytest.raises(InputError, match="a gpt2 names its layers otherwise than peft does; export --to mlx-lm works"):
         export_adapter(gpt2.store, "main", base, tmp_path / "out", "peft")
     assert export_adapter(gpt2.store, "main", base, tmp_path / "folder", "mlx-lm")["rank"] == 14
     assert not (tmp_path / "out").exists()
@@ -319,6 +392,9 @@ def changed(base: Path, folder: Path, **changes: object) -> Path:
         ({"vocab_size": 2**40}, DamagedFileError, "vocab_size = 1099511627776 is more"),
         ({"text_config": {"n_layers": 2000}}, DamagedFileError, r"text_config\.n_layers = 2000 is more"),
         ({"hidden_size": 48}, DamagedFileError, "mlx-lm cannot open it as qwen2: ValueError"),
+        ({"n_layer": 1025}, DamagedFileError, "n_layer = 1025 is more than any model has"),
+        ({"n_blocks": 10**6}, DamagedFileError, "n_blocks = 1000000 is more than any model has"),
+        ({"num_blocks": 10**6}, DamagedFileError, "num_blocks = 1000000 is more than any model has"),
         ({"num_hidden_layers": 3}, DamagedFileError, "mlx-lm cannot open it as qwen2: ValueError: Missing"),
         ({"num_attention_heads": "4"}, DamagedFileError, "mlx-lm cannot open it as qwen2: TypeError"),
         ({"num_attention_heads": 0}, DamagedFileError, "mlx-lm cannot open it as qwen2: ZeroDivisionError"),
@@ -329,6 +405,12 @@ def test_what_cannot_be_opened_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         open_model(changed(qwen, tmp_path / "base", **changes))
+
+
+def test_not_every_size_that_is_called_after_layers_counts_them() -> None:
+    """gemma3n's and lfm2's."""
+    config = {"model_type": "x", "vocab_size_per_layer_input": 262144, "block_dim": 2048, "block_size": 4096}
+    foreigndir.check_config(config, "config.json")
 
 
 def test_weights_are_checked_before_mlx_lm_maps_them(qwen: Path, tmp_path: Path) -> None:

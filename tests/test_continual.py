@@ -16,7 +16,7 @@ from mlx_impl import lora
 from mlx_impl.adapters import STATE, read_adapter, read_fisher
 from mlx_impl.config import Budget
 from mlx_impl.errors import DamagedFileError
-from mlx_impl.learner import Lesson
+from mlx_impl.lesson import Lesson
 from mlx_impl.readers import text_document
 from mlx_impl.store import Version
 

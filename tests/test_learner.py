@@ -20,16 +20,20 @@ import numpy as np
 import pytest
 from lessons import SETTINGS, TEXT, opened, text, tiny_base, tiny_tokenizer
 
-from mlx_impl import adapters, files, learner, lora, session
+from mlx_impl import adapters, files, lora, session, states
+from mlx_impl import lesson as lesson_module
 from mlx_impl.arrays import flatten
 from mlx_impl.config import LEAST_STEPS, Budget
-from mlx_impl.data import tokens_of
+from mlx_impl.data import Tokens, tokens_of
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, NonFiniteLossError
-from mlx_impl.learner import ContinualLearner, Lesson
+from mlx_impl.evaluate import evaluate
+from mlx_impl.learner import ContinualLearner
+from mlx_impl.lesson import Lesson
 from mlx_impl.model import ContinualLLM
 from mlx_impl.modeldir import expected_shapes, write_model_directory
 from mlx_impl.readers import Document, text_document
 from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.windows import evaluation_windows
 
 STEPS = Budget(steps=3)
 
@@ -48,6 +52,10 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     return tiny_base(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+def teacher(learner: ContinualLearner) -> lesson_module.Teacher:
+    return lesson_module.Teacher(learner.model, learner.config, learner.tokenizer, learner.store, learner._router)
 
 
 def teach(base: Path, store: Path, number: int, domain: str = "main", budget: Budget = STEPS, **changes: Any) -> Lesson:
@@ -148,8 +156,8 @@ def test_the_figure_after_is_that_of_the_version_on_disk(base: Path, tmp_path: P
         again.set_adapter(domain)
         measured = again.evaluate(short, 32)
         tokens = tokens_of(short, again.tokenizer)
-        rows = learner.evaluation_windows(tokens, 32, 32)
-        assert learner.evaluate(again.model, rows).loss == pytest.approx(loss, rel=1e-6)
+        rows = evaluation_windows(tokens, 32, 32)
+        assert evaluate(again.model, rows).loss == pytest.approx(loss, rel=1e-6)
         assert measured.tokens == lesson.measured_tokens == len(tokens) - 1
 
 
@@ -181,8 +189,8 @@ def test_the_held_out_part_is_not_too_long_where_the_estimate_is_too_low(
 ) -> None:
     """As where a chat template adds to the text, or a small vocabulary has few letters a token."""
     taught = opened(base, tmp_path / "s")
-    monkeypatch.setattr(learner, "estimated_tokens", lambda text: len(text) // (4 * factor) + 1)
-    train, kept = taught._split([text_document(TEXT[:200_000], "x")])
+    monkeypatch.setattr(lesson_module, "estimated_tokens", lambda text: len(text) // (4 * factor) + 1)
+    train, kept = teacher(taught)._split([text_document(TEXT[:200_000], "x")])
     assert kept is not None
     assert 2000 < len(kept) <= 4096
     assert len(train) + len(kept) == pytest.approx(
@@ -220,7 +228,7 @@ def test_of_a_text_too_long_for_the_time_a_part_is_taken_from_all_over_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is encoded depends on the seconds, not on the text; what is taken on the seed."""
-    monkeypatch.setattr(learner, "TOKENS_PER_SECOND_AT_MOST", 5_000)
+    monkeypatch.setattr(lesson_module, "TOKENS_PER_SECOND_AT_MOST", 5_000)
     taught = opened(base, tmp_path / "s")
     lengths = counting(taught, monkeypatch)
     whole = [text_document((TEXT * 60)[:20_000_000], "x")]
@@ -246,16 +254,16 @@ def test_a_text_is_encoded_once_where_steps_are_counted_or_the_time_suffices(
     lengths = counting(taught, monkeypatch)
     whole = [text_document(TEXT[:400_000], "x")]
     for budget in (Budget(1, steps=1), Budget(11)):
-        assert taught._affordable(whole, budget, pytest.fail) is whole
-    taught._split(whole)
+        assert teacher(taught)._affordable(whole, budget, pytest.fail) is whole
+    teacher(taught)._split(whole)
     assert sum(lengths) < 1.1 * 400_000
 
 
 def test_tokens_that_only_lead_to_others_teach_nothing() -> None:
     ids, flags = np.zeros(3, np.int32), np.array([True, False, False])
-    assert not learner._teaches(learner.data.Tokens(ids, flags, 1, 1))
-    assert learner._teaches(learner.data.Tokens(ids, ~flags, 1, 1))
-    assert [learner._teaches(learner.data.Tokens(ids[:n], None, 1, 1)) for n in (0, 1, 2)] == [False, False, True]
+    assert not lesson_module._teaches(Tokens(ids, flags, 1, 1))
+    assert lesson_module._teaches(Tokens(ids, ~flags, 1, 1))
+    assert [lesson_module._teaches(Tokens(ids[:n], None, 1, 1)) for n in (0, 1, 2)] == [False, False, True]
 
 
 @pytest.mark.parametrize("words", ["a b", "Key: flower pot.", "x" * 300])
@@ -309,8 +317,8 @@ def test_one_epoch_sees_every_token_once(base: Path, tmp_path: Path) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     """Time passes only in the model: `forward` seconds a token measured, `step` seconds a token trained."""
     rate = {"now": 0.0, "forward": 0.01, "step": 0.03, "training": 0.0}
-    monkeypatch.setattr(learner.time, "perf_counter", lambda: rate["now"])
-    call, step = ContinualLLM.__call__, session.Stepper.step
+    monkeypatch.setattr(lesson_module.time, "perf_counter", lambda: rate["now"])
+    call, step, means = ContinualLLM.__call__, session.Stepper.step, states.mean_states
 
     def forward(self: ContinualLLM, tokens: mx.array, cache: Any = None) -> mx.array:
         rate["now"] += rate["forward"] * tokens.size
@@ -320,12 +328,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
         rate["step"] *= rate.get("slower", 1.0)
         now = rate["now"]
         result = step(self, batches, *rest)
-        rate["now"] = now + rate["step"] * sum(tokens.size for tokens, _ in batches)
+        rate["now"] = now + rate["step"] * sum(tokens.size for tokens, *_ in batches)
         rate["training"] += rate["now"] - now
         return result
 
+    def read(model: ContinualLLM, rows: np.ndarray, start: int) -> np.ndarray:
+        rate["now"] += rate["forward"] * rows.size / 4
+        return means(model, rows, start)
+
     monkeypatch.setattr(ContinualLLM, "__call__", forward)
     monkeypatch.setattr(session.Stepper, "step", train)
+    monkeypatch.setattr(states, "mean_states", read)
     return rate  # type: ignore[return-value]
 
 
@@ -412,8 +425,8 @@ def test_each_lesson_of_a_domain_has_a_seed_of_its_own(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, str, int]] = []
-    original = learner._seed
-    monkeypatch.setattr(learner, "_seed", lambda *key: asked.append(key) or original(*key))
+    original = lesson_module._seed
+    monkeypatch.setattr(lesson_module, "_seed", lambda *key: asked.append(key) or original(*key))
     for number, domain in ((1, "a"), (2, "a"), (3, "b"), (4, "a")):
         teach(base, tmp_path / "s", number, domain, seed=7)
     opened(base, tmp_path / "s").undo("a")
@@ -469,8 +482,8 @@ def test_what_earlier_lessons_kept(base: Path, tmp_path: Path) -> None:
             assert held is not None
             count = kept["tokens"] + 1
             assert 500 < count < 560
-            window = learner.data.Tokens(held.ids[:count], None, 1, 0)
-            loss = learner.evaluate(taught.model, learner.evaluation_windows(window, 32, 32)).loss
+            window = Tokens(held.ids[:count], None, 1, 0)
+            loss = evaluate(taught.model, evaluation_windows(window, 32, 32)).loss
             assert kept[state] == pytest.approx(loss, rel=1e-5)
     for kept in lesson.kept:
         change = 100 * (math.exp(kept["after"]) / math.exp(kept["before"]) - 1)
@@ -599,7 +612,7 @@ def test_a_full_disk_or_a_forbidden_file_leaves_everything_as_it_was(
     def refuse(*arguments: Any) -> None:
         raise OSError(28, "No space left on device") if name == "write_safetensors" else PermissionError(13, "denied")
 
-    monkeypatch.setattr(*((adapters.modeldir, name) if name == "write_safetensors" else (learner, name)), refuse)
+    monkeypatch.setattr(*((adapters.modeldir, name) if name == "write_safetensors" else (lesson_module, name)), refuse)
     with pytest.raises(OSError, match=r"No space|denied"):
         taught.learn_from_text(text(2), "main", budget=STEPS)
     monkeypatch.undo()
@@ -688,7 +701,7 @@ def report(event):
         die()
 
 if when == "writing":
-    t.learner.write_adapter = lambda folder, *rest: (write_adapter(folder, *rest), die())
+    t.lesson_module.write_adapter = lambda folder, *rest: (write_adapter(folder, *rest), die())
 if when == "renamed":
     t.files.fsync = lambda path: die() if path.name == "main" else None
 taught.learn([t.Document("x", t.text(2))], "main", "x", t.STEPS, report)
