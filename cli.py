@@ -595,11 +595,11 @@ def import_adapter(
 @cli.command(short_help="Turn a model from one format into another.")
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--to", metavar="FORMAT", help="one of those below  [default: by DST's ending, else hf]")
+@click.option("--to", metavar="FORMAT", help="one of those above  [default: by DST's ending, else hf]")
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="how to store hf, torch and original  [default: as SRC]",
+    help="how to store hf, torch and original  [default: as SRC; fp32 for .pt, .gguf and quantised ones]",
 )
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="pack hf to so many bits a weight, as mlx-lm does")
 @click.option("--config", type=click.Path(path_type=Path), help="config.json of weights that have none beside them")
@@ -646,22 +646,24 @@ def convert(
     """
     from convert.original import is_checkpoint_folder
     from mlx_impl.console import Reporter, conversion_text
-    from mlx_impl.conversion import DTYPES, default_format
+    from mlx_impl.conversion import DTYPES, format_of
     from mlx_impl.conversion import convert as write_as
 
-    write_packed = None
+    to, write_packed, moves = format_of(target, to), None, is_checkpoint_folder(source)
+    if moves and (to != "hf" or quantize is not None):
+        raise InputError(f"{source}: a checkpoint folder becomes a model directory first; convert that")
     if quantize is not None:
         from mlx_impl.packing import Packing
         from mlx_impl.quantised import packed_writer
 
-        if check or (to or default_format(target)) != "hf" or is_checkpoint_folder(source):
+        if check or to != "hf":
             raise InputError(
                 f"--quantize {quantize}: makes a model directory of a model, which differs from it on purpose; leave "
-                "--check and other formats out, and convert a checkpoint folder of the original first"
+                "--check and other formats out"
             )
         write_packed = packed_writer(Packing(int(quantize)))
     with Reporter(quiet) as reporter:
-        if is_checkpoint_folder(source) and (to or default_format(target)) == "hf":
+        if moves:
             from mlx_impl.moving import move_over
 
             stored = DTYPES[dtype or "fp32"]

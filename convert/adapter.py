@@ -17,13 +17,11 @@ import numpy as np
 
 from convert.gguf import permute, unpermute
 from convert.names import Format, rename
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, listed, shown
 
 Arrays = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 """The base's weights by HF name, (out, in); see `modeldir.expected_shapes`."""
-
-SHOWN = 10  # offenders that an error names
 
 _PEFT_REFUSED = {
     "use_dora": "DoRA rescales the base's weights, which an adapter here cannot",
@@ -78,7 +76,7 @@ def from_mlx_lm(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], sh
 
 def to_mlx_lm(adapter: Adapter, layers: int) -> tuple[Arrays, dict[str, Any]]:
     """Tensors and adapter_config.json for `mlx_lm.load(adapter_path=...)` on a base of so many layers."""
-    keys = sorted({re.sub(r"^model\.layers\.\d+\.", "", path) for path in adapter.paths})
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", path) for path in adapter.paths})
     parameters = {"rank": adapter.rank, "scale": adapter.scale, "dropout": 0.0, "keys": keys}
     return adapter.arrays, {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
 
@@ -155,7 +153,7 @@ def from_original(value: Any, shapes: Shapes, where: str) -> Adapter:
         raise DamagedFileError(f"{where}: no adapter of the original project: it has a state_dict and a lora_config")
     strange = [str(name) for name, array in state.items() if not isinstance(array, np.ndarray)]
     if strange:
-        raise DamagedFileError(f"{where}: not a tensor: {_listed(strange)}")
+        raise DamagedFileError(f"{where}: not a tensor: {listed(strange)}")
     scale = _number(settings.get("alpha"), "lora_config.alpha", where) / _count(settings.get("r"), "r", where)
     names = _renamed(state, (".lora_A", ".lora_B"), "original", "", where)
     halves = _halves(names, state, (".lora_A", ".lora_B"), True, where)
@@ -263,9 +261,9 @@ def _halves(
             twice.append(name)
         pair[half] = _transposed(tensors[name]) if transposed else tensors[name]
     if unknown:
-        raise DamagedFileError(f"{where}: neither half of an adapter: {_listed(unknown)}")
+        raise DamagedFileError(f"{where}: neither half of an adapter: {listed(unknown)}")
     if twice:
-        raise DamagedFileError(f"{where}: there under another name too: {_listed(twice)}")
+        raise DamagedFileError(f"{where}: there under another name too: {listed(twice)}")
     return halves
 
 
@@ -274,10 +272,10 @@ def _assembled(
 ) -> Adapter:
     """One adapter of all pairs, of one rank and one scale; DamagedFileError with everything that does not fit."""
     widths = _linears(shapes)
-    highest = max(min(shape) for shape in widths.values())
+    highest = max((min(shape) for shape in widths.values()), default=0)
     wrong = [problem for path, pair in halves.items() for problem in _misfits(path, pair, widths.get(path), highest)]
     if wrong or not halves:
-        raise DamagedFileError(f"{where}: does not fit the base: {_listed(wrong) or 'it holds no tensors'}")
+        raise DamagedFileError(f"{where}: does not fit the base: {listed(wrong, '; ') or 'it holds no tensors'}")
     scales = {path: scale_of(path, pair["a"].shape[1]) for path, pair in halves.items()}
     scale = Counter(value for value in scales.values() if value).most_common(1)[0][0] if any(scales.values()) else 0.0
     rank = max(pair["a"].shape[1] for pair in halves.values())
@@ -295,7 +293,8 @@ def _assembled(
 
 def _linears(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Path -> (out, in) of the linear layers within the base's blocks, the only ones that all formats can adapt."""
-    inside = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.") and len(shape) == 2}
+    outside = ("model.embed_tokens.weight", "lm_head.weight")
+    inside = {name: shape for name, shape in shapes.items() if name not in outside and len(shape) == 2}
     return {name.removesuffix(".weight"): shape for name, shape in inside.items()}
 
 
@@ -341,7 +340,7 @@ def _count(value: Any, what: str, where: str) -> int:
 
 def _shown(value: Any) -> str:
     """A value from a file for a message; of lists and the like only the type: one that holds itself often is huge."""
-    return f"{value!r:.60}" if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    return shown(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def _pattern(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -351,7 +350,7 @@ def _pattern(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
         raise DamagedFileError(f"{where}: {key} is a {type(patterns).__name__}, an object was expected")
     strange = [name for name in patterns if not re.fullmatch(r"\^?[A-Za-z0-9_.]+", name)]
     if strange:
-        raise InputError(f"{where}: {key} with regular expressions is not supported: {_listed(strange)}")
+        raise InputError(f"{where}: {key} with regular expressions is not supported: {listed(strange)}")
     return patterns
 
 
@@ -361,8 +360,3 @@ def _matched(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         if path == name.removeprefix("^") or (name[0] != "^" and path.endswith(f".{name}")):
             return value
     return default
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{'; '.join(f'{name:.200}' for name in names[:SHOWN])}{more}"

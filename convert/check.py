@@ -42,7 +42,10 @@ def tokens_for(config: ModelConfig) -> np.ndarray:
 
 
 def compare(expected: Trace, actual: Trace, stored: str) -> Check:
-    """Compare two traces of the same tokens; `stored` is a key of TOLERANCES. What is not finite is infinitely far."""
+    """Compare two traces of the same tokens; `stored` is a key of TOLERANCES.
+
+    Values of which one is not finite are infinitely far apart unless they are equal.
+    """
     tolerance = TOLERANCES[stored]
     difference, at_most = _distance(expected["logits"], actual["logits"], tolerance)
     first = None
@@ -54,9 +57,13 @@ def compare(expected: Trace, actual: Trace, stored: str) -> Check:
 
 
 def _distance(expected: np.ndarray, actual: np.ndarray, tolerance: float) -> tuple[float, float]:
-    """(largest difference, what is allowed) of two outputs of one module."""
+    """(largest difference, what is allowed) of two outputs of one module; what is allowed is always finite."""
     if expected.shape != actual.shape:
         return float("inf"), tolerance
-    difference = np.abs(expected.astype(np.float64) - actual)
-    at_most = tolerance * max(1.0, float(np.abs(expected).max(initial=0.0)))
-    return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0)), at_most
+    finite = np.isfinite(expected)
+    at_most = tolerance * max(1.0, float(np.abs(expected).max(initial=0.0, where=finite)))
+    if not ((finite & np.isfinite(actual)) | (expected == actual)).all():
+        return float("inf"), at_most
+    with np.errstate(invalid="ignore"):  # an infinity that both have
+        difference = np.abs(expected.astype(np.float64) - actual)
+    return float(difference.max(initial=0.0, where=finite)), at_most

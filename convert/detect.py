@@ -7,6 +7,7 @@ from convert.state_dict import from_pt, from_safetensors
 from mlx_impl import modeldir
 from mlx_impl.errors import InputError
 
+ENDINGS = (".gguf", ".safetensors", ".pt", ".pth")
 READ = "a model directory, a .gguf file, or weights as .safetensors or .pt"
 
 
@@ -16,20 +17,21 @@ def read_model(path: Path, config_file: Path | None = None) -> Model:
     `config_file` is for weights without a configuration (see `state_dict.from_pt`). Raises InputError where there is
     nothing that is read here, and what the reader of the format raises.
     """
-    if config_file is not None and (path.is_dir() or path.suffix == ".gguf"):
+    ending = path.suffix.lower()
+    if config_file is not None and (path.is_dir() or ending == ".gguf"):
         raise InputError(f"{path} has its own configuration; --config is for weights alone")
     if path.is_dir():
         if not (path / modeldir.CONFIG).is_file():
-            files = sorted(file.name for file in path.iterdir() if file.suffix in (".pt", ".gguf", ".safetensors"))
+            files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in ENDINGS)
             there = f"; in it are {', '.join(files[:10])}, name one of them" if files else ""
             raise InputError(f"{path}: no {modeldir.CONFIG}, so no model directory{there}")
         return from_folder(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    if path.suffix == ".gguf":
+    if ending == ".gguf":
         return from_gguf(path)
-    if path.suffix == ".safetensors":
+    if ending == ".safetensors":
         return from_safetensors(path, config_file)
-    if path.suffix in (".pt", ".pth"):
+    if ending in ENDINGS:
         return from_pt(path, config_file)
     raise InputError(f"{path}: not known by its name {path.suffix!r:.60}; read are {READ}")

@@ -1,17 +1,23 @@
 """The original project's .pt files, as plain values and numpy arrays: the one place that needs PyTorch.
 
 A .pt file is a pickle in a zip archive. It is read with `weights_only=True` and nothing else, after the archive was
-seen to be no larger inside than outside.
+seen to be no larger inside than outside, and the pickle not to do what that still lets it: make arrays of a size that
+it only names, and tuples that no time is enough to hash.
 """
 
+import errno
+import pickletools
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, printable
+
+_MOST_IN_TUPLES = 1_000_000  # values; the sizes of a tensor are a few
 
 
 def read_pt(path: Path) -> Any:
@@ -24,19 +30,67 @@ def read_pt(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            inside, outside = sum(entry.file_size for entry in entries), path.stat().st_size
+            if inside > outside or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise DamagedFileError(
+                    f"{path}: {inside:,} bytes packed into {outside:,}, but .pt files are not compressed"
+                )
+            pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, OverflowError, ValueError) as error:
-        raise DamagedFileError(f"{path}: no .pt file ({error})") from None
-    inside, outside = sum(entry.file_size for entry in entries), path.stat().st_size
-    if inside > outside:
-        raise DamagedFileError(f"{path}: {inside:,} bytes packed into {outside:,}, but .pt files are not compressed")
+    except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, OverflowError, ValueError) as error:
+        raise DamagedFileError(f"{path}: no .pt file ({printable(str(error), 200)})") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DamagedFileError(f"{path}: no .pt file (a place before its beginning)") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escape sequences in texts, from the standard library
+        for content in pickles:
+            _check_pickle(content, path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises anything
-        first = str(error).strip().partition("\n")[0]
-        raise DamagedFileError(f"{path}: not read as a .pt file of tensors ({type(error).__name__}: {first})") from None
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]  # not how to trust it
+        raise DamagedFileError(
+            f"{path}: not read as a .pt file of tensors ({type(error).__name__}: {printable(said, 200)})"
+        ) from None
     return _plain(value, torch, path, outside)
+
+
+def _check_pickle(content: bytes, path: Path) -> None:
+    """DamagedFileError for a pickle that makes memory of a number alone, or tuples of far more values than it has.
+
+    A tuple may stand in another many times and costs nothing, until it is hashed as a dictionary's key. So each counts
+    here as the values in it, on a stack like the one that reading uses.
+    """
+    sizes: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    try:
+        for step, argument, _ in pickletools.genops(content):
+            if step.name == "GLOBAL" and str(argument).endswith(("bytearray", "Tensor")):
+                raise DamagedFileError(
+                    f"{path}: makes a {printable(str(argument), 80)}, but only plain values are read"
+                )
+            if step.name == "MARK":
+                marks.append(len(sizes))
+                continue
+            if step.name.endswith("PUT"):
+                memo[argument] = sizes[-1]
+                continue
+            below, start = len(step.stack_before), len(sizes)
+            if pickletools.markobject in step.stack_before:  # all that came since, and what stands before it
+                below, start = step.stack_before.index(pickletools.markobject), marks.pop()
+            values = 1 + sum(sizes[start - below :]) if "TUPLE" in step.name else 1
+            if values > _MOST_IN_TUPLES:
+                raise DamagedFileError(f"{path}: a tuple of {values:,} values, at most {_MOST_IN_TUPLES:,} are read")
+            if step.name.endswith("GET"):
+                values = memo.get(argument, 1)
+            del sizes[start - below :]
+            sizes += [values] * len(step.stack_after)
+    except (ValueError, IndexError) as error:
+        raise DamagedFileError(f"{path}: no .pt file ({printable(str(error), 200)})") from None
 
 
 def write_pt(path: Path, value: Any, dtype: str = "float32") -> None:

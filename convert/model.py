@@ -89,6 +89,7 @@ def from_folder(folder: Path) -> Model:
         dtypes[0] if len(dtypes) == 1 else "float32",
         f"a model directory in Hugging Face's layout: {described(config)}, {stored}{shards}",
         {"folder": folder.resolve().name},
+        notes=(f"its weights were {stored}, and are unpacked to float32",) if quantization is not None else (),
     )
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from mlx_impl.errors import DamagedFileError
+from mlx_impl.errors import DamagedFileError, listed
 
 Format = Literal["hf", "gguf", "original"]
 
@@ -57,7 +57,7 @@ def is_dropped(key: str, source: Format) -> bool:
 def rename(keys: Iterable[str], source: Format, target: Format, where: str) -> dict[str, str | None]:
     """Map each key of `source` to its name in `target`, None where it is dropped on purpose.
 
-    Raises DamagedFileError naming all keys that the table does not know; `where` is the file they came from.
+    Raises DamagedFileError naming the keys that the table does not know; `where` is the file they came from.
     """
     rows = _rows(source)
     renamed: dict[str, str | None] = {}
@@ -70,7 +70,7 @@ def rename(keys: Iterable[str], source: Format, target: Format, where: str) -> d
         name = getattr(rows[module], target)
         renamed[key] = None if name is None else name.replace("{n}", layer) + parameter
     if unknown:
-        raise DamagedFileError(f"{where}: unknown tensors for a Llama model: {', '.join(unknown)}")
+        raise DamagedFileError(f"{where}: unknown tensors for a Llama model: {listed(unknown)}")
     return renamed
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.adapter import Adapter, Shapes, from_original
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, shown
+from mlx_impl.files import read_json
 
 MODELS = ("model.pt", "checkpoint.pt", "continual_model.pt")
 """The names that the original gives its weights, and one for a folder that has both of its kinds; the first is read."""
@@ -50,8 +51,14 @@ class Consolidation(NamedTuple):
 
 
 def is_checkpoint_folder(source: Path) -> bool:
-    """Whether `source` is a checkpoint folder of the original project: it has one of MODELS and no safetensors."""
+    """Whether `source` is a checkpoint folder of the original project: it has one of MODELS and no safetensors.
+
+    Its config.json, if there is one, has its learner's settings; one of a model has a model_type, as torch_ref's has.
+    """
     if not source.is_dir() or any(source.glob("*.safetensors")):
+        return False
+    settings = source / "config.json"
+    if settings.is_file() and "model_type" in read_json(settings):
         return False
     return any((source / name).is_file() for name in MODELS)
 
@@ -119,7 +126,7 @@ def _experience(row: Mapping[str, Any], vocab_size: int, where: str) -> Experien
         raise DamagedFileError(f"{where}: token ids {used.min()} to {used.max()}, the model has {vocab_size:,}")
     importance, domain = row.get("importance", 1.0), row.get("domain")
     if isinstance(importance, bool) or not isinstance(importance, int | float) or not 0 <= importance <= IMPORTANCE[1]:
-        raise DamagedFileError(f"{where}: importance {importance!r:.40} is no number from 0 to {IMPORTANCE[1]:g}")
+        raise DamagedFileError(f"{where}: importance {shown(importance)} is no number from 0 to {IMPORTANCE[1]:g}")
     if domain is not None and not isinstance(domain, str):
         raise DamagedFileError(f"{where}: its domain is a {type(domain).__name__}, a text was expected")
     counts = labels >= 0

@@ -5,6 +5,7 @@ listed pairs, the first first. They agree where the pairs come in the order of t
 could make a piece only one ever does, whatever stands around it: the one that is left when its own text is merged.
 """
 
+import heapq
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -39,17 +40,35 @@ def merges_of(scores: Mapping[str, float], where: str) -> list[tuple[str, str]]:
 
 
 def _merged(piece: str, scores: Mapping[str, float]) -> list[str]:
-    """What SentencePiece makes of a piece's text short of the piece itself."""
-    parts = list(piece)
-    while True:
-        best, at = None, -1
-        for i in range(len(parts) - 1):
-            score = scores.get(parts[i] + parts[i + 1]) if len(parts) > 2 else None
-            if score is not None and (best is None or score > best):
-                best, at = score, i
-        if best is None:
-            return parts
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    """What SentencePiece makes of a piece's text short of the piece itself; of equal scores the first comes first.
+
+    A part is known by where it begins. The queue may hold pairs that are gone: what is merged by then no longer ends
+    where they do.
+    """
+    length = parts = len(piece)
+    ends: list[int] = list(range(1, length + 1))  # of the part that begins here, 0 where none does
+    begins: list[int] = list(range(-1, length))  # of the part that ends here
+    queue: list[tuple[float, int, int]] = []
+
+    def offer(begin: int, end: int) -> None:
+        score = scores.get(piece[begin:end])
+        if score is not None:
+            heapq.heappush(queue, (-score, begin, end))
+
+    for begin in range(length - 1):
+        offer(begin, begin + 2)
+    while parts > 2 and queue:
+        _, begin, end = heapq.heappop(queue)
+        middle = ends[begin]
+        if not middle or middle == length or ends[middle] != end:
+            continue
+        ends[begin], ends[middle], begins[end] = end, 0, begin
+        parts -= 1
+        if begin:
+            offer(begins[begin], end)
+        if end < length:
+            offer(begin, ends[end])
+    return [piece[begin:end] for begin, end in enumerate(ends) if end]
 
 
 def scores_of(state: Mapping[str, Any], where: str) -> dict[str, float]:

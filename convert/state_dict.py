@@ -16,7 +16,7 @@ from convert.model import Model, described, generation_config, read_tokenizer
 from convert.names import rename
 from mlx_impl import modeldir
 from mlx_impl.config import ModelConfig
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, listed, shown
 from mlx_impl.files import read_json
 
 Arrays = dict[str, np.ndarray]
@@ -38,7 +38,7 @@ _SAME = (
 _FIXED = {"norm_type": "rmsnorm", "ff_type": "swiglu"}
 _UNUSED = {"attention_dropout": 0.0}  # the original writes it and never reads it
 _LARGEST = {"float32": 3.4028235e38, "float16": 65504.0, "bfloat16": 3.3895314e38}
-_SHOWN = 10  # tensors that an error names
+_SCALAR = str | int | float | None
 
 
 def from_safetensors(path: Path, config_file: Path | None = None) -> Model:
@@ -102,7 +102,7 @@ def write_torch(model: Model, path: Path, dtype: str) -> None:
     The caller writes the config.json that goes with it.
     """
     expected = modeldir.expected_shapes(model.config)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         modeldir.write_safetensors(path, expected, model.tensors, dtype)
     else:
         legacy.write_pt(path, _complete(model, expected, dtype), dtype)
@@ -130,17 +130,16 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     if "d_model" not in values:
         return ModelConfig.from_hf(dict(values), where)
     known = (*_SAME, *_FIXED, *_UNUSED, "bias")
-    refused = [f"{key} = {values[key]!r:.60}" for key in values if key not in known]
-    refused += [
-        f"{key} = {values[key]!r:.60} (here it is {ours})"
-        for key, ours in _FIXED.items()
-        if key in values and str(values[key]).lower() != ours
-    ]
+    refused = [f"{key} = {shown(values[key])}" for key in values if key not in known]
+    for key, ours in _FIXED.items():
+        value = values.get(key, ours)
+        if not isinstance(value, str) or value.lower() != ours:
+            refused.append(f"{key} = {shown(value)} (here it is {ours})")
     if refused:
-        raise InputError(f"{where}: this model does not have {'; '.join(refused)}")
+        raise InputError(f"{where}: this model does not have {listed(refused, '; ')}")
     bias = values.get("bias", False)
     if not isinstance(bias, bool):
-        raise DamagedFileError(f"{where}: bias is {bias!r:.60}, true or false was expected")
+        raise DamagedFileError(f"{where}: bias is {shown(bias)}, true or false was expected")
     try:
         same = {key: values[key] for key in _SAME if key in values}
         return ModelConfig(**same, attention_bias=bias, mlp_bias=bias)
@@ -185,14 +184,24 @@ def _state_in(value: Any, path: Path) -> tuple[Arrays, dict[str, Any] | None]:
     inside = value.get("config") if named is not None else None
     if not isinstance(state, dict) or not state or not isinstance(inside, dict | None):
         raise DamagedFileError(f"{path}: no state dict with names and tensors")
+    nested = [f"{key} = {shown(value)}" for key, value in (inside or {}).items() if not _is_plain(value)]
+    if nested:
+        raise DamagedFileError(f"{path}: no configuration: {listed(nested)}")
     strange = [
         f"{name!s:.80}"
         for name, array in state.items()
         if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype != np.float32
     ]
     if strange:
-        raise DamagedFileError(f"{path}: not tensors of real numbers: {_listed(strange)}")
+        raise DamagedFileError(f"{path}: not tensors of real numbers: {listed(strange)}")
     return state, inside
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of a configuration is what JSON could say too: a .pt file can hold arrays, and itself."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and isinstance(item, _SCALAR) for key, item in value.items())
+    return all(isinstance(item, _SCALAR) for item in (value if isinstance(value, list) else [value]))
 
 
 def _unwrapped(state: Arrays, where: str) -> tuple[Arrays, int]:
@@ -213,9 +222,9 @@ def _unwrapped(state: Arrays, where: str) -> tuple[Arrays, int]:
         else:
             plain[name] = array
     if liquid:
-        raise InputError(f"{where}: this model has no liquid LoRA, whose state is {_listed(liquid)}")
+        raise InputError(f"{where}: this model has no liquid LoRA, whose state is {listed(liquid)}")
     if twice:
-        raise DamagedFileError(f"{where}: there under another name too: {_listed(twice)}")
+        raise DamagedFileError(f"{where}: there under another name too: {listed(twice)}")
     names = rename(plain, "original", "hf", where)
     return {str(name): plain[key] for key, name in names.items()}, adapter
 
@@ -226,10 +235,5 @@ def _complete(model: Model, expected: Mapping[str, tuple[int, ...]], dtype: str)
     modeldir.check_shapes({name: array.shape for name, array in arrays.items()}, expected, "weights")
     infinite = [name for name, array in arrays.items() if not np.abs(array).max() <= _LARGEST[dtype]]  # or NaN
     if infinite:
-        raise DamagedFileError(f"weights: values that are not finite in {dtype} in {_listed(infinite)}")
+        raise DamagedFileError(f"weights: values that are not finite in {dtype} in {listed(infinite)}")
     return {name: arrays[name] for name in expected}
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"

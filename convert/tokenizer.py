@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from convert import spm
 from mlx_impl.config import ModelConfig
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, printable
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
 _FILLING = re.compile(r"\[PAD[0-9]+\]")
@@ -209,7 +209,9 @@ def gguf_metadata(files: Mapping[str, str | bytes], config: ModelConfig, where: 
     except InputError:
         raise
     except Exception as error:  # the library raises nothing more specific
-        raise DamagedFileError(f"{where}: not a tokenizer.json ({type(error).__name__}: {error})") from None
+        raise DamagedFileError(
+            f"{where}: not a tokenizer.json ({type(error).__name__}: {printable(str(error), 200)})"
+        ) from None
 
 
 def _metadata(

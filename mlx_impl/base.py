@@ -77,19 +77,31 @@ def linear_paths(model: BaseModel, targets: Sequence[str]) -> list[str]:
     """Dotted paths of the linear layers inside the transformer layers whose last name is in `targets`, in their order.
 
     The default, LORA_TARGETS, means every linear layer where a model does not have all of these names: some fuse
-    them, so that those they share would leave half of the layer out. Raises InputError naming targets that are not
-    there and the names that are.
+    them, so that those they share would leave half of the layer out. What chooses a mixture's experts is then left as
+    it is. Raises InputError naming targets that are not there and the names that are.
     """
     inside = {id(module) for layer in model.layers for _, module in layer.named_modules()}
     paths = [path for path, module in model.named_modules() if isinstance(module, LINEAR) and id(module) in inside]
     names = {path.rpartition(".")[2] for path in paths}
     if set(targets) == set(LORA_TARGETS) and not names >= set(targets):
-        targets = list(names)
+        gates = _gates(model)
+        paths = [path for path in paths if path not in gates]
+        targets = list({path.rpartition(".")[2] for path in paths})
     missing = sorted(set(targets) - names)
     if missing:
         there = ", ".join(sorted(names))
         raise InputError(f"the model has no linear layer called {', '.join(missing)}; it has {there}")
     return sorted((path for path in paths if path.rpartition(".")[2] in targets), key=_natural)
+
+
+def _gates(model: BaseModel) -> set[str]:
+    """Paths of what stands in a mixture beside its stacks of experts, which mlx-lm calls SwitchGLU and the like."""
+    modules = dict(model.named_modules())
+    stacked = {path.rpartition(".")[0] for path, module in modules.items() if type(module).__name__ in _STACKS}
+    return {path for path in modules if path.rpartition(".")[0].removesuffix(".router") in stacked}
+
+
+_STACKS = ("SwitchGLU", "SwitchMLP")
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

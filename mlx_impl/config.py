@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_impl.errors import DamagedFileError, InputError, shown
+from mlx_impl.errors import DamagedFileError, InputError, listed, printable, shown
 
 LOSS_ON = ("all", "completion", "assistant")
 """All text; the completion or last assistant turn; every assistant turn. Plain text always counts whole."""
@@ -131,6 +131,9 @@ class ModelConfig:
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
             if not all(token is None or type(token) is int for token in ids):
                 wrong.append(f"{name} = {shown(value)} must be a token id")
+        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                wrong.append(f"{name} = {shown(getattr(self, name))} must be true or false")
         wrong += _wrong_rope_scaling(self.rope_scaling)
         if wrong:
             raise InputError("model configuration: " + "; ".join(wrong))
@@ -213,10 +216,11 @@ class ModelConfig:
         if scaling is not None and not isinstance(scaling, dict):
             raise DamagedFileError(f"{where}: rope_scaling is no object")
         if scaling is not None:
-            scaling = {k: v for k, v in scaling.items() if k != "rope_theta"}
+            scaling = {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
             scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
             if scaling["rope_type"] == "default":
                 scaling = None
+        theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -228,7 +232,7 @@ class ModelConfig:
                 d_ff=config["intermediate_size"],
                 max_seq_len=config.get("max_position_embeddings", 2048),
                 norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+                rope_base=float(theta) if _is_positive(theta) else theta,
                 tie_embeddings=bool(config.get("tie_word_embeddings", False)),
                 dropout=config.get("residual_dropout", 0.0),
                 head_dim=config.get("head_dim"),
@@ -243,8 +247,8 @@ class ModelConfig:
             raise DamagedFileError(f"{where}: {error} is missing") from None
         except InputError as error:
             raise DamagedFileError(f"{where}: {error}") from None
-        except (TypeError, ValueError, OverflowError) as error:
-            raise DamagedFileError(f"{where}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise DamagedFileError(f"{where}: {printable(str(error), 200)}") from None
 
 
 def _is_count(value: Any) -> bool:
@@ -277,6 +281,9 @@ def _wrong_rope_scaling(scaling: dict[str, Any] | None) -> list[str]:
         for key in needed[kind]
         if not _is_positive(scaling.get(key))
     ]
+    unknown = [f"{key} = {shown(scaling[key])}" for key in scaling if key not in ("rope_type", *needed[kind])]
+    if unknown:
+        wrong.append(f"rope_scaling: this model does not have {listed(unknown)}")
     if not wrong and kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         wrong.append(f"rope_scaling: low_freq_factor = {low} must be less than high_freq_factor = {high}")

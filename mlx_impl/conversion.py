@@ -5,17 +5,18 @@ something that is there. Formats that need more than `convert` knows are further
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert import gguf_writer, state_dict
-from convert.detect import read_model
-from convert.model import Model, TokenizerFiles, read_tokenizer
+from convert.detect import ENDINGS, read_model
+from convert.model import Model, TokenizerFiles, generation_config, read_tokenizer
 from convert.original_tokenizer import is_tokenizer_folder, tokenizer_files
 from mlx_impl import modeldir
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, listed
 from mlx_impl.files import atomic_file, read_json, write_json
 from mlx_impl.tokenizer import Tokenizer
 
@@ -53,13 +54,8 @@ def convert(
     format's writer (see `quantised.packed_writer`). Raises InputError and
     DamagedFileError; nothing is then at `target`.
     """
-    to = to or default_format(target)
-    if to not in FORMATS:
-        there = "; ".join(f"{name}, {form.help}" for name, form in FORMATS.items())
-        raise InputError(f"{to!r} is no format to write; there are: {there}")
+    to = format_of(target, to)
     form = FORMATS[to]
-    if form.endings and target.suffix not in form.endings:
-        raise InputError(f"{target}: {to} writes a file that ends in {' or '.join(form.endings)}")
     if form.precision and dtype:
         raise InputError(f"--dtype {dtype}: {to} says how weights are stored already; leave it out")
     if target.exists():
@@ -67,12 +63,9 @@ def convert(
     model = read_model(source, config_file)
     say(f"{source} is {model.found}")
     if tokenizer is not None:
-        model = dataclasses.replace(model, tokenizer_files=_tokenizer_in(tokenizer, model.config.max_seq_len))
+        model = _with_tokenizer(model, tokenizer)
     _check_tokenizer(model.tokenizer_files, model.config.vocab_size, tokenizer or source)
     stored = form.precision or (DTYPES[dtype] if dtype else model.dtype)
-    notes = list(model.notes)
-    if to == "hf" and "tokenizer.json" not in model.tokenizer_files:
-        notes.append("there is no tokenizer.json; --tokenizer DIR brings one, and text needs one")
     target.parent.mkdir(parents=True, exist_ok=True)
     (write or form.write)(model, target, stored)
     return {
@@ -82,16 +75,64 @@ def convert(
         "format": to,
         "dtype": stored,
         "parameters": model.config.num_parameters(),
-        "notes": notes,
+        "notes": _notes(model, source, to),
     }
 
 
-def default_format(target: Path) -> str:
-    """The format that a target's ending asks for, a model directory without one that is known."""
-    return {".gguf": "gguf-f16", ".pt": "torch", ".safetensors": "torch"}.get(target.suffix, "hf")
+def format_of(target: Path, to: str | None = None) -> str:
+    """The format to write: `to`, else the first that the target's ending asks for, else a model directory.
+
+    InputError for one that is not written, and for a target whose ending is another format's.
+    """
+    ending = target.suffix.lower()
+    to = to or next((name for name, form in FORMATS.items() if ending in form.endings), "hf")
+    if to not in FORMATS:
+        there = "; ".join(f"{name}, {form.help}" for name, form in FORMATS.items())
+        raise InputError(f"{to!r} is no format to write; there are: {there}")
+    endings = FORMATS[to].endings
+    if endings and ending not in endings:
+        raise InputError(f"{target}: {to} writes a file that ends in {' or '.join(endings)}")
+    if not endings and ending in (*ENDINGS, ".bin"):
+        files = ", ".join(dict.fromkeys(ending for form in FORMATS.values() for ending in form.endings))
+        raise InputError(f"{target}: {to} writes a folder; files that are written end in {files}")
+    return to
 
 
-def _tokenizer_in(folder: Path, context_length: int) -> TokenizerFiles:
+def _notes(model: Model, source: Path, to: str) -> list[str]:
+    """What the target will not have, a sentence each."""
+    notes = list(model.notes)
+    if to == "hf" and "tokenizer.json" not in model.tokenizer_files:
+        notes.append("there is no tokenizer.json; --tokenizer DIR brings one, and text needs one")
+    if to in ("torch", "original") and model.tokenizer_files:
+        notes.append("the tokenizer is left out: this format holds weights alone")
+    ends: set[int] = set()
+    for value in (model.config.eos_token_id, model.generation_config.get("eos_token_id")):
+        ends |= {end for end in (value if isinstance(value, list) else [value]) if type(end) is int}
+    if to.startswith("gguf") and len(ends) > 1:
+        ids = listed([str(end) for end in sorted(ends)])
+        notes.append(f"a text ends at any of the ids {ids}; GGUF keeps one, the tokenizer's own or else the first")
+    if (source / "learner" / "learner.sqlite").is_file():
+        notes.append(f"its lessons stay there; `minimac-mlx export NAME OUT --fuse -m {source}` takes one along")
+    return notes
+
+
+def _with_tokenizer(model: Model, folder: Path) -> Model:
+    """The model with the tokenizer of a folder, and its special ids where the configuration has none."""
+    files = tokenizer_in(folder, model.config.max_seq_len)
+    ours = load_tokenizer(files, folder)
+    theirs = model.config
+    config = dataclasses.replace(
+        theirs,
+        bos_token_id=ours.bos_id if theirs.bos_token_id is None else theirs.bos_token_id,
+        eos_token_id=ours.eos_id if theirs.eos_token_id is None else theirs.eos_token_id,
+        pad_token_id=ours.pad_id if theirs.pad_token_id is None else theirs.pad_token_id,
+    )
+    generation = {**generation_config(config), **model.generation_config}
+    return dataclasses.replace(model, config=config, tokenizer_files=files, generation_config=generation)
+
+
+def tokenizer_in(folder: Path, context_length: int) -> TokenizerFiles:
+    """The tokenizer of a folder, ours or the original's, as the files of a model directory. InputError if none is."""
     if is_tokenizer_folder(folder):
         return tokenizer_files(folder, context_length)
     files = read_tokenizer(folder)
@@ -100,16 +141,24 @@ def _tokenizer_in(folder: Path, context_length: int) -> TokenizerFiles:
     return files
 
 
+def load_tokenizer(files: TokenizerFiles, where: Path) -> Tokenizer:
+    """The tokenizer that a model directory with these files would have; `where` names them in errors."""
+    settings = json.loads(_text(files, "tokenizer_config.json", where)) if "tokenizer_config.json" in files else None
+    return Tokenizer(_text(files, "tokenizer.json", where), settings, f"{where}: tokenizer.json")
+
+
 def _check_tokenizer(files: TokenizerFiles, rows: int, where: Path) -> None:
     """InputError or DamagedFileError for a tokenizer that cannot be read or has more ids than the model has rows."""
-    content = files.get("tokenizer.json")
-    if content is None:
-        return
+    if "tokenizer.json" in files:
+        Tokenizer(_text(files, "tokenizer.json", where), where=f"{where}: tokenizer.json").check_fits(rows)
+
+
+def _text(files: TokenizerFiles, name: str, where: Path) -> str:
+    content = files[name]
     try:
-        text = content if isinstance(content, str) else content.decode("utf-8")
+        return content if isinstance(content, str) else content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DamagedFileError(f"{where}: tokenizer.json is no UTF-8 ({error.reason}, byte {error.start})") from None
-    Tokenizer(text, where=f"{where}: tokenizer.json").check_fits(rows)
+        raise DamagedFileError(f"{where}: {name} is no UTF-8 ({error.reason}, byte {error.start})") from None
 
 
 # -- writers -------------------------------------------------------------------------
@@ -128,7 +177,11 @@ def _write_torch(model: Model, target: Path, dtype: str) -> None:
         raise InputError(f"{beside} is another model's, and {target.name} would need one there; name another folder")
     with atomic_file(target) as temporary:
         state_dict.write_torch(model, temporary, dtype)
+    try:
         write_json(beside, config)
+    except BaseException:
+        target.unlink()
+        raise
 
 
 def _write_original(model: Model, target: Path, dtype: str) -> None:

@@ -1,8 +1,15 @@
 """Errors meant for a person, each with the exit code that the command line ends with.
 
 One line: what is wrong, where, both values where there are two, and what to do. Anything that is not one of
-these is a defect of ours and shows as such.
+these is a defect of ours and shows as such. What a file or another library says gets into an error only through
+`printable`, `listed` and `shown`: it may be a gigabyte, many lines, or hold what a terminal would obey.
 """
+
+import reprlib
+from collections.abc import Sequence
+
+SHOWN = 10
+"""Names that an error lists; the others are counted."""
 
 
 class MiniMacError(Exception):
@@ -37,3 +44,19 @@ class Interrupted(MiniMacError):
     """Stopped by the user after saving: exit code 130, like a shell's."""
 
     exit_code = 130
+
+
+def printable(text: str, at_most: int | None = None) -> str:
+    """The text on one line, without what a terminal would obey or an encoding refuse, cut to so many characters."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text[:at_most])
+
+
+def listed(names: Sequence[str], separator: str = ", ", longest: int = 120) -> str:
+    """The first names, each cut to so many characters, and how many there are more."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return separator.join(printable(name, longest) for name in names[:SHOWN]) + more
+
+
+def shown(value: object) -> str:
+    """A value from outside, shortened where it is made text: a few lists in each other can stand for gigabytes."""
+    return reprlib.repr(value)[:80]

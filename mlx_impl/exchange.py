@@ -15,10 +15,9 @@ from convert import adapter as lora
 from convert import gguf, legacy
 from mlx_impl import foreigndir, modeldir
 from mlx_impl.config import ModelConfig
-from mlx_impl.errors import InputError
+from mlx_impl.errors import InputError, printable
 from mlx_impl.files import atomic_folder, read_json, write_json, write_text
 from mlx_impl.packing import read_quantization
-from mlx_impl.shell import printable
 from mlx_impl.store import Store, Version, check_domain
 
 FORMATS = ("mlx-lm", "peft", "gguf", "original")
@@ -89,16 +88,15 @@ def place_of(out: Path) -> Path:
 def import_adapter(store: Store, domain: str, model: Path, source: Path) -> Version:
     """Make an adapter from elsewhere, a folder or a file, the first version of a new domain on the base in `model`.
 
-    Which base it was made for no format says for sure: what can be compared are shapes. Raises InputError where the
-    domain has lessons or the format is not known, DamagedFileError listing all that does not fit; nothing is then
-    written.
+    Which base it was made for no format says for sure: what can be compared are shapes. A base that is no Llama is
+    opened for that, because what its linear layers are called only mlx-lm knows. Raises InputError where the domain has
+    lessons or the format is not known, DamagedFileError listing all that does not fit; nothing is then written.
     """
     check_domain(domain)
     _refuse_existing(store, domain)
-    config, shapes = _base(model)
+    config, shapes, layers = _layers(model)
     kind, adapter = _read(source, config, shapes)
-    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
-    tensors, settings = lora.to_mlx_lm(adapter, len(layers))
+    tensors, settings = lora.to_mlx_lm(adapter, layers)
     figures = {
         "imported": kind,
         "rank": adapter.rank,
@@ -125,6 +123,17 @@ def _refuse_existing(store: Store, domain: str) -> None:
         )
 
 
+def _layers(model: Path) -> tuple[ModelConfig | None, lora.Shapes, int]:
+    """As `_base`, but the weights are those that an adapter can be put on in the open base; and the layers' number."""
+    if read_json(model / modeldir.CONFIG).get("model_type", "llama") == "llama":
+        config, _ = modeldir.read_config(model)
+        return config, modeldir.expected_shapes(config), config.num_layers
+    from mlx_impl.foreign import linear_shapes, open_model
+
+    base = open_model(model)
+    return None, linear_shapes(base), len(base.layers)
+
+
 def _base(model: Path) -> tuple[ModelConfig | None, lora.Shapes]:
     """The configuration of a base, None of another architecture than Llama, and the shapes of its weights by name."""
     document = read_json(model / modeldir.CONFIG)
@@ -136,10 +145,9 @@ def _base(model: Path) -> tuple[ModelConfig | None, lora.Shapes]:
     infos = modeldir.dense_infos(foreigndir.checked_tensors(model), read_quantization(document, where))
     if not any(name.startswith("model.layers.") for name in infos):
         raise InputError(
-            f"{model}: a {document['model_type']} names its layers otherwise than adapters of other programs do; "
-            "--to mlx-lm is what there is"
+            f"{model}: a {document['model_type']} names its layers otherwise than peft does; export --to mlx-lm works"
         )
-    return None, {name: info.shape for name, info in infos.items()}
+    return None, {name: info.shape for name, info in infos.items() if name.startswith("model.layers.")}
 
 
 def _heads(config: ModelConfig) -> tuple[int, int]:

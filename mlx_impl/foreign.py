@@ -55,6 +55,14 @@ def open_model(directory: str | Path, dtype: mx.Dtype = mx.float32) -> BaseModel
     return ForeignLLM.from_directory(directory, dtype)
 
 
+def linear_shapes(model: BaseModel) -> dict[str, tuple[int, int]]:
+    """Name of the weights of each linear layer inside the transformer layers -> (out, in), packed or not."""
+    inside = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    found = {path: module for path, module in model.named_modules() if id(module) in inside}
+    linears = ((path, module) for path, module in found.items() if isinstance(module, quantised.LINEAR))
+    return {f"{path}.weight": quantised.linear_shape(module) for path, module in linears}
+
+
 @dataclass(frozen=True)
 class ForeignShape:
     """What a lesson goes by (see `memory.Shape`), found in config.json under its many names, and in the network."""
@@ -192,16 +200,17 @@ def _loader(config: Mapping[str, Any], where: str) -> Callable[[Path], nn.Module
     """What opens a directory of this architecture, weights to be read on first use. InputError for an unknown one."""
     from mlx_lm import utils
 
+    classes_of = utils._get_classes  # an mlx-lm that has it no longer must not make all architectures unknown
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            utils._get_classes(dict(config))
+            classes_of(dict(config))
     except (
         ValueError,
         AttributeError,
         SystemExit,
     ):  # no such module, or one with no model or other needs
         raise InputError(
-            f"{where}: model_type is {config['model_type']!r}, which neither this program nor mlx-lm "
+            f"{where}: model_type is {config['model_type']!r:.60}, which neither this program nor mlx-lm "
             f"{importlib.metadata.version('mlx-lm')} knows; tested are llama, {', '.join(TESTED)}"
         ) from None
     if kernels.on_cpu() and not can_compile():

@@ -5,13 +5,16 @@ say. Here it is seen to that no code is named, no size is absurd, and every tens
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_impl.config import MAX_LAYERS
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, printable, shown
 from mlx_impl.modeldir import MANIFEST, TensorInfo, validate_safetensors, verify_manifest, weight_files
+
+_OF_LAYERS = re.compile(r"layers|^(n|num)_(\w+_)?(layer|block)s?$")
+"""Names of how many layers there are; `block_dim` or `vocab_size_per_layer_input` may well be larger."""
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -22,18 +25,22 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str) or not re.fullmatch(r"\w[\w.-]{0,63}", kind) or ".." in kind:
         raise DamagedFileError(f"{where}: model_type is {kind!r:.60}, a name was expected")
-    for scope, key, value in _numbers(config, ""):
-        if value >= 2**31 or ("layers" in key and value > MAX_LAYERS):
-            raise DamagedFileError(f"{where}: {scope}{key} = {value!r:.40} is more than any model has")
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and {type(name) for name in classes} == {str}):
+        raise DamagedFileError(f"{where}: architectures is {shown(classes)}, a list of names was expected")
+    for scope, key, value in _numbers(config):
+        if value >= 2**31 or (_OF_LAYERS.search(key) and value > MAX_LAYERS):
+            name = printable(f"{scope}{key}", 120)
+            raise DamagedFileError(f"{where}: {name} = {shown(value)} is more than any model has")
 
 
-def _numbers(config: Mapping[str, Any], scope: str) -> Sequence[tuple[str, str, int]]:
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
     """(prefix, key, value) of every whole number, those of inner objects included."""
-    found = [(scope, key, value) for key, value in config.items() if type(value) is int]
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found += _numbers(value, f"{scope}{key}.")
-    return found
+    waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    while waiting:
+        scope, values = waiting.pop()
+        yield from ((scope, key, value) for key, value in values.items() if type(value) is int)
+        waiting += [(f"{scope}{key}."[-60:], value) for key, value in values.items() if isinstance(value, dict)]
 
 
 def checked_tensors(directory: Path) -> dict[str, TensorInfo]:

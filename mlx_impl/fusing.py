@@ -23,8 +23,8 @@ from mlx_impl.files import atomic_folder, read_json, write_json
 from mlx_impl.packing import KEYS, Quantization, read_quantization
 from mlx_impl.store import Store
 
-Deltas = dict[str, np.ndarray]
-"""What the adapter adds to each weight, (out, in) float32, by the weight's name."""
+Factors = dict[str, tuple[mx.array, mx.array]]
+"""Of what the adapter adds to each weight: (in, r) and (r, out) float32, the scale in the second, by weight's name."""
 
 
 def fuse(store: Store, domain: str, model: Path, out: Path, requantise: bool = False) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def fuse(store: Store, domain: str, model: Path, out: Path, requantise: bool = F
         raise InputError(f"{model}: the base is not quantised; leave --requantize out, `convert` quantises the result")
     infos = _infos(model, document)
     dense = modeldir.dense_infos(infos, quantization)
-    deltas = _deltas(*read_adapter(store.files_of(version)), dense, where)
+    factors = _factors(*read_adapter(store.files_of(version)), dense, where)
     record: dict[str, Any] = {"domain": domain, "version": version.name, "out": str(out), "format": "model"}
     source: dict[str, Any] = {"fused": f"{domain} {version.name}", "base": modeldir.identity(model)}
     with atomic_folder(place, replace=place.exists()) as folder:
@@ -55,16 +55,15 @@ def fuse(store: Store, domain: str, model: Path, out: Path, requantise: bool = F
                 shutil.copyfile(model / name, folder / name)
         tensors = modeldir.read_dense(infos, quantization)
         if requantise and quantization is not None:
-            arrays, left = _repacked(tensors, deltas, infos, quantization)
+            arrays, left = _repacked(tensors, factors, infos, quantization)
             quantised.write_arrays(folder / modeldir.WEIGHTS, arrays)
             source["survived_percent"] = record["survived_percent"] = left
         else:
-            document = {key: value for key, value in document.items() if key not in KEYS}
-            document |= {"dtype": "float32", "torch_dtype": "float32"}
             shapes = {name: info.shape for name, info in dense.items()}
-            fused = ((name, array + deltas[name] if name in deltas else array) for name, array in tensors)
+            fused = ((n, array + _delta(*factors[n]) if n in factors else array) for n, array in tensors)
             modeldir.write_safetensors(folder / modeldir.WEIGHTS, shapes, fused)
-        write_json(folder / modeldir.CONFIG, document)
+        stored = infos[_NORM].dtype if requantise and _NORM in infos else "float32"
+        write_json(folder / modeldir.CONFIG, _config(model, document, requantise, stored))
         modeldir.write_manifest(folder, source=source)
         record["files"] = sorted(path.name for path in folder.iterdir())
     return record
@@ -78,23 +77,43 @@ def _infos(model: Path, document: dict[str, Any]) -> dict[str, modeldir.TensorIn
     return modeldir.checked_tensors(model, *modeldir.read_config(model))
 
 
-def _deltas(arrays: Arrays, scale: float, dense: dict[str, modeldir.TensorInfo], where: str) -> Deltas:
-    deltas = {}
+_NORM = "model.norm.weight"  # a tensor that is never packed: it has the dtype of what is not
+
+
+def _config(model: Path, document: dict[str, Any], requantise: bool, dtype: str) -> dict[str, Any]:
+    """config.json of what is written. A Llama's is spelled out for every reader; of others not all keys are known."""
+    packing = {key: document[key] for key in KEYS if requantise and key in document}
+    if document.get("model_type", "llama") == "llama":
+        config, _ = modeldir.read_config(model)
+        return {**config.to_hf(dtype), **packing}
+    if requantise:
+        return document
+    plain = {key: value for key, value in document.items() if key not in KEYS}
+    return {**plain, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _factors(arrays: Arrays, scale: float, dense: dict[str, modeldir.TensorInfo], where: str) -> Factors:
+    factors = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in arrays):
-        product = scale * (arrays[f"{path}.lora_a"] @ arrays[f"{path}.lora_b"])  # (in, out)
-        name, delta = f"{path}.weight", np.array(product).T
-        if name not in dense or dense[name].shape != delta.shape:
+        name, a, b = f"{path}.weight", arrays[f"{path}.lora_a"], scale * arrays[f"{path}.lora_b"]
+        shape = b.shape[1], a.shape[0]
+        if name not in dense or dense[name].shape != shape:
             raise InputError(
-                f"{where}: {name} {list(delta.shape)} is not in the files, mlx-lm makes it from others; this base "
+                f"{where}: {name} {list(shape)} is not in the files, mlx-lm makes it from others; this base "
                 "cannot be written with its adapter as one model, but export --to mlx-lm works"
             )
-        deltas[name] = delta
-    return deltas
+        factors[name] = a, b
+    return factors
+
+
+def _delta(a: mx.array, b: mx.array) -> np.ndarray:
+    """(out, in): one at a time, all of them would be as large as the model."""
+    return np.array(a @ b).T
 
 
 def _repacked(
     tensors: Iterator[tuple[str, np.ndarray]],
-    deltas: Deltas,
+    factors: Factors,
     infos: dict[str, modeldir.TensorInfo],
     quantization: Quantization,
 ) -> tuple[Arrays, float]:
@@ -102,7 +121,7 @@ def _repacked(
     arrays: Arrays = {}
     left = whole = 0.0
     for name, array in tensors:
-        path, delta = name.removesuffix(".weight"), deltas.get(name)
+        path, delta = name.removesuffix(".weight"), _delta(*factors[name]) if name in factors else None
         fused = array if delta is None else array + delta
         if f"{path}.scales" in infos:
             packing = quantization.of(path)

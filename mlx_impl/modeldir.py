@@ -17,9 +17,9 @@ import numpy as np
 
 from convert.names import is_dropped
 from mlx_impl.config import ModelConfig
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, listed
 from mlx_impl.files import atomic_folder, read_json, sha256, write_json
-from mlx_impl.packing import KEYS, Quantization, packed_shapes, read_quantization, unpack
+from mlx_impl.packing import KEYS, Quantization, dense_shape, packed_shapes, read_quantization, unpack
 
 FORMAT_VERSION = 1
 MANIFEST = "minimac.json"
@@ -29,7 +29,6 @@ LOSS_PLOT = "loss.png"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-SHOWN = 10  # bad tensors that an error names
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_DIMENSIONS = 8  # of a tensor; numpy's limit is 64, and the product of many sizes takes long
 
@@ -180,7 +179,7 @@ def _is_ignored(name: str) -> bool:
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise DamagedFileError for missing, unknown and wrongly shaped tensors, if there are any.
 
-    All are counted and the first `SHOWN` of a kind named: a wrong num_layers makes thousands.
+    All are counted and the first `errors.SHOWN` of a kind named: a wrong num_layers makes thousands.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
@@ -190,7 +189,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         if name in expected and tuple(shape) != tuple(expected[name])
     ]
     problems = [
-        f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''}"
+        f"{what}: {listed(names)}"
         for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
         if names
     ]
@@ -208,15 +207,20 @@ def read_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndar
 
 
 def dense_infos(infos: Mapping[str, TensorInfo], quantization: Quantization | None) -> dict[str, TensorInfo]:
-    """Of what the files hold, one entry a weight: a packed matrix with the shape that it stands for."""
+    """Of what the files hold, one entry a weight: a packed matrix with the shape that it stands for.
+
+    Raises DamagedFileError for scales and biases that do not fit their matrix.
+    """
     dense = {}
     for name, info in infos.items():
         path, _, kind = name.rpartition(".")
         if quantization is None or f"{path}.scales" not in infos or kind == "bias":
             dense[name] = info
         elif kind == "weight":
-            rows, stored = info.shape
-            dense[name] = info._replace(shape=(rows, stored * 32 // quantization.of(path).bits))
+            parts = (infos.get(f"{path}.{part}") for part in ("scales", "biases"))
+            beside = [part.shape if part is not None else None for part in parts]
+            shape = dense_shape(path, info.shape, beside, quantization.of(path), str(info.file))
+            dense[name] = info._replace(shape=shape)
     return dense
 
 
@@ -257,7 +261,10 @@ def _read_header(path: Path, dtypes: Mapping[str, str]) -> dict[str, TensorInfo]
         raise DamagedFileError(f"{path}: no safetensors header ({error})") from None
     if not isinstance(header, dict):
         raise DamagedFileError(f"{path}: no safetensors header (a {type(header).__name__}, not an object)")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is what mx.save_safetensors writes where it is given none
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DamagedFileError(f"{path}: no safetensors header (its __metadata__ does not map texts to texts)")
     infos = {name: _entry(path, name, entry, 8 + length, size, dtypes) for name, entry in header.items()}
     at = 8 + length
     for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):

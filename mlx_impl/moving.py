@@ -7,7 +7,6 @@ that came with it, and only the pattern within the tensor is the original's.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,25 +17,24 @@ import numpy as np
 
 from convert import adapter as formats
 from convert import legacy, original
-from convert.model import Model, generation_config
+from convert.model import Model, TokenizerFiles, generation_config
 from convert.original import MODELS
-from convert.original_tokenizer import FILES, is_tokenizer_folder, tokenizer_files
+from convert.original_tokenizer import FILES, is_tokenizer_folder
 from convert.state_dict import from_pt
 from mlx_impl import lora, modeldir
 from mlx_impl.adapters import write_state
 from mlx_impl.arrays import Arrays
 from mlx_impl.config import ContinualLearningConfig
+from mlx_impl.conversion import load_tokenizer, tokenizer_in
 from mlx_impl.data import Tokens
-from mlx_impl.errors import InputError
+from mlx_impl.errors import InputError, printable
 from mlx_impl.ewc import fisher_diagonal, logits_of
 from mlx_impl.files import atomic_folder, read_json, write_json
 from mlx_impl.loss import cross_entropy
 from mlx_impl.model import ContinualLLM
 from mlx_impl.replay import ReplayBuffer, unpack
 from mlx_impl.router import count_tokens
-from mlx_impl.shell import printable
 from mlx_impl.store import Replay, Version, check_domain, open_store
-from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Batch, Windows
 
 ADAPTER, REPLAY, EWC, TRAINING, SETTINGS = (
@@ -61,7 +59,7 @@ class _Found:
 
     weights: Path
     model: Model
-    tokenizer: dict[str, str]
+    tokenizer: TokenizerFiles
     adapter: formats.Adapter | None = None
     experiences: list[original.Experience] = field(default_factory=list)
     consolidation: original.Consolidation | None = None
@@ -81,10 +79,10 @@ def move_over(
     """Make the model directory `target` of the original's checkpoint folder `source`; returns what `--json` prints.
 
     Adapter, replay windows and Fisher become the first version of `domain`, from which the next lesson goes on.
-    `tokenizer` is the folder of its tokenizer where that does not lie in `source`, `config` a config.json for weights
-    that have none, `dtype` (float32, float16, bfloat16) how weights are stored. Raises InputError where `target` is
-    there already or something is missing or of a kind that this model does not have, DamagedFileError for files that
-    are not what they claim; nothing is then written.
+    `tokenizer` is a folder with its tokenizer or with one of ours, needed where none lies in `source`, `config` a
+    config.json for weights that have none, `dtype` (float32, float16, bfloat16) how weights are stored. Raises
+    InputError where `target` is there already or something is missing or of a kind that this model does not have,
+    DamagedFileError for files that are not what they claim; nothing is then written.
     """
     check_domain(domain)
     if target.exists():
@@ -134,19 +132,20 @@ def _read(source: Path, tokenizer: Path | None, config: Path | None) -> _Found:
     folder = tokenizer or next((place for place in (source / TOKENIZER, source) if is_tokenizer_folder(place)), None)
     if folder is None:
         raise InputError(f"{source}: no tokenizer in it ({', '.join(FILES)}); --tokenizer DIR names its folder")
-    files = tokenizer_files(folder, model.config.max_seq_len)
-    ours = Tokenizer(files["tokenizer.json"], json.loads(files["tokenizer_config.json"]), str(folder))
+    files = tokenizer_in(folder, model.config.max_seq_len)
+    ours = load_tokenizer(files, folder)
     ours.check_fits(model.config.vocab_size)
     spare = model.config.vocab_size - ours.vocab_size
     more = f", {spare:,} fewer than the model has rows" if spare else ""
-    place = ", ".join(FILES) if folder == source else folder.name if folder.parent == source else str(folder)
+    inside = tuple(files) if folder == tokenizer and not is_tokenizer_folder(folder) else FILES
+    place = ", ".join(inside) if folder == source else folder.name if folder.parent == source else str(folder)
     told[place] = f"{ours.vocab_size:,} tokens{more} -> tokenizer.json"
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_id=ours.eos_id))
     found = _Found(weights, model, files, told=told)
     settings = _settings(source, found)
     _read_adapter(source, settings, found)
     _read_state(source, found)
-    seen = {*found.told, *(FILES if folder == source else ())}
+    seen = {*found.told, *(inside if folder == source else ())}
     for name in sorted(path.name for path in source.iterdir() if path.name not in seen):
         found.told[printable(name)] = _LEFT.get(name, "not looked at")
     return found

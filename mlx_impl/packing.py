@@ -5,7 +5,7 @@ Affine quantisation keeps a matrix `<path>.weight` (out, in) as three: `.weight`
 takes it. Reading needs no MLX; packing is MLX's own (see `quantised`).
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,9 +96,29 @@ def packed_shapes(
     return result
 
 
+def dense_shape(path: str, packed: Shape, beside: Sequence[Shape | None], packing: Packing, where: str) -> Shape:
+    """The shape that a packed matrix, or a stack of them, stands for; `beside` are those of its scales and biases.
+
+    None in there means that the file has none. Raises DamagedFileError where they do not belong together.
+    """
+    *rows, stored = packed
+    width = stored * 32 // packing.bits
+    wanted = (*rows, width // packing.group_size)
+    if len(packed) < 2 or width % packing.group_size or stored * 32 % packing.bits or set(beside) != {wanted}:
+        there = " and ".join("none" if shape is None else str(list(shape)) for shape in beside)
+        raise DamagedFileError(
+            f"{where}: {path}.weight {list(packed)} of {packing.bits} bits in groups of {packing.group_size} "
+            f"has scales and biases {there}"
+        )
+    return (*rows, width)
+
+
 def unpack(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
-    """The float32 matrix (out, in) of a packed one: code * scale + bias, codes being a row's bits in their order."""
-    rows, groups = scales.shape
+    """The float32 matrix (..., out, in) of a packed one: code * scale + bias, codes being a row's bits in their order.
+
+    Scales and biases of 16 bits are widened first: MLX dequantises to float32 in float32.
+    """
     stream = np.unpackbits(weight.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
-    codes = np.packbits(stream.reshape(rows, groups, -1, bits), axis=-1, bitorder="little")[..., 0]
-    return (codes * scales[..., None] + biases[..., None]).reshape(rows, -1)
+    codes = np.packbits(stream.reshape(*scales.shape, -1, bits), axis=-1, bitorder="little")[..., 0]
+    scales, biases = (array.astype(np.float32)[..., None] for array in (scales, biases))
+    return (codes * scales + biases).reshape(*weight.shape[:-1], -1)

@@ -19,7 +19,7 @@ import click
 
 from mlx_impl.config import default_of, help_of
 from mlx_impl.console import silence
-from mlx_impl.errors import MiniMacError
+from mlx_impl.errors import MiniMacError, printable
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -93,11 +93,6 @@ def show_version(context: click.Context, parameter: click.Parameter, wanted: boo
         except PackageNotFoundError:
             write("minimac-mlx, a checkout that is not installed\n")
         context.exit()
-
-
-def printable(text: str) -> str:
-    """The text on one line, without what a terminal would obey or an encoding refuse: a file name can hold both."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def harmless(text: str) -> str:

@@ -34,8 +34,8 @@ MADE_UP = 16
 MEANS, BACKGROUND = "means", "background"
 """Names of the two in a version's statistics: (N, D) each."""
 
-PRICE = 40
-"""Of the background in stretches read one at a time, roughly: it is made token by token, all of it side by side."""
+PRICE = 64
+"""Of the background, in stretches that are read: it goes through all of the base, token by token, side by side."""
 
 ROWS = 8
 """Stretches that go through the base together."""

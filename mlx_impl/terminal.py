@@ -21,8 +21,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from mlx_impl import files
 from mlx_impl.chat import COMMANDS, Chat
 from mlx_impl.console import silence
-from mlx_impl.errors import InputError, MiniMacError
-from mlx_impl.shell import harmless, printable, write
+from mlx_impl.errors import InputError, MiniMacError, printable
+from mlx_impl.shell import harmless, write
 
 PROMPT = "> "
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_impl import files, tokenizer_chat, tokenizer_train
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, printable, shown
 from mlx_impl.tokenizer_train import SPACE, check_encodable
 
 _MOST_IDS = 2**22  # largest vocabularies have 2**18; a table is made with a row for each
@@ -52,7 +52,7 @@ class Tokenizer:
         if self._model is None:
             self._encode, self._encode_later, framed = _tokenizers_encoders(state, where)
         else:
-            self._encode = self._encode_later = _sentencepiece_encoder(self._model)
+            self._encode = self._encode_later = _sentencepiece_encoder(self._model, where)
         self._bytes, self._drops_first_space = _byte_table(state, where)
 
         self.digest = hashlib.sha256(text.encode()).hexdigest()
@@ -222,10 +222,13 @@ class Detokenizer:
         return text
 
 
-def _sentencepiece_encoder(model: bytes) -> Callable[[str], list[int]]:
+def _sentencepiece_encoder(model: bytes, where: str) -> Callable[[str], list[int]]:
     from sentencepiece import SentencePieceProcessor
 
-    processor = SentencePieceProcessor(model_proto=model)
+    try:
+        processor = SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:  # a piece too long for it, or with a NUL
+        raise DamagedFileError(f"{where}: no SentencePiece model ({printable(str(error), 200)})") from None
     return lambda text: list(processor.encode(text, out_type=int))
 
 
@@ -239,7 +242,9 @@ def _tokenizers_encoders(
         try:
             library = Library.from_str(text)
         except Exception as error:  # the library raises nothing more specific
-            raise DamagedFileError(f"{where}: not a tokenizer.json that can be read ({error})") from None
+            raise DamagedFileError(
+                f"{where}: not a tokenizer.json that can be read ({printable(str(error), 200)})"
+            ) from None
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # their text is encoded like any other
@@ -263,7 +268,9 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         model, added = state["model"], state["added_tokens"]
         kind, vocab = model.get("type", "BPE"), model["vocab"]
         if kind != "BPE":
-            raise InputError(f"{where}: a {kind} tokenizer; only BPE is supported, as Llama models have it")
+            raise InputError(
+                f"{where}: a {printable(str(kind), 40)} tokenizer; only BPE is supported, as Llama models have it"
+            )
         tokens = [(token["content"], token["id"]) for token in added if type(token["special"]) is bool]
         tokens += vocab.items()
         whole = len(tokens) == len(added) + len(vocab) > 0 and all(
@@ -299,8 +306,10 @@ def _mark_special(added: list[dict[str, Any]], ids: Mapping[str, int], named: se
     for token in added:
         token["special"] = token["special"] or token["content"] in named
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    taken = {token["id"] for token in added}
     for content in sorted(named.intersection(ids) - {token["content"] for token in added}):
-        added.append({"id": ids[content], "content": content, **flags})
+        if ids[content] not in taken:  # an added token is what its id stands for
+            added.append({"id": ids[content], "content": content, **flags})
 
 
 def _special_pattern(specials: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
@@ -325,7 +334,9 @@ def _byte_table(state: dict[str, Any], where: str) -> tuple[list[bytes], bool]:
     elif "ByteFallback" in kinds or "Metaspace" in kinds:
         to_bytes = _byte_fallback
     else:
-        raise InputError(f"{where}: decoder {decoder.get('type')!r} is not supported; ByteLevel and ByteFallback are")
+        raise InputError(
+            f"{where}: decoder {shown(decoder.get('type'))} is not supported; ByteLevel and ByteFallback are"
+        )
     added = {token["id"]: token["content"].encode() for token in state["added_tokens"]}
     vocab = state["model"]["vocab"]
     table = [b""] * (max([*vocab.values(), *added]) + 1)

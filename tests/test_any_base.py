@@ -386,6 +386,7 @@ def changed(base: Path, folder: Path, **changes: object) -> Path:
         ({"model_type": "olmo"}, InputError, "model_type is 'olmo', which neither"),
         ({"model_type": "../x"}, DamagedFileError, r"model_type is '\.\./x', a name was expected"),
         ({"model_type": ["qwen2"]}, DamagedFileError, "a name was expected"),
+        ({"architectures": ["Qwen2", {}]}, DamagedFileError, "architectures is .*, a list of names was expected"),
         ({"auto_map": {"a": "b"}}, InputError, "auto_map names code to be run"),
         ({"model_file": "x.py"}, InputError, "model_file names code to be run"),
         ({"num_hidden_layers": 10**6}, DamagedFileError, "num_hidden_layers = 1000000 is more than any model has"),

@@ -1,13 +1,12 @@
 """What a person can mistype and a hostile file can hold: one line, the right exit code, and the disk as it was.
 
-Each case runs a whole command and compares every file before and after. The mutations at the end are drawn from a
-fixed seed; a case that once failed belongs into the lists above them.
+Each case runs a whole command and compares every file before and after. What test_mutations once found belongs into the
+lists here.
 """
 
 import errno
 import json
 import os
-import random
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -274,6 +273,10 @@ def not_finite(model: Path) -> None:
         (changed_config(hidden_size=2**30, head_dim=None), 3, "wrong shape: model.embed_tokens.weight is [400, 32]"),
         (changed_config(rms_norm_eps=float("nan")), 3, "norm_eps = nan must be a positive number"),
         (changed_config(rope_theta=float("inf")), 3, "rope_base = inf must be a positive number"),
+        (changed_config(rope_theta=10**400), 3, "rope_base = 1000"),
+        (changed_config(rope_theta="9" * 2000), 3, "rope_base = '9999"),
+        (changed_config(rms_norm_eps=10**400), 3, "norm_eps = 1000"),
+        (changed_config(hidden_act=["x" * 2000] * 9), 2, "hidden_act is ['xxxx"),
         (changed_config(rope_scaling={"rope_type": ["yarn"]}), 3, "rope_type ['yarn'] is not supported"),
         (changed_config(eos_token_id="</s>"), 3, "eos_token_id = '</s>' must be a token id"),
         (changed_config(vocab_size=2**31 - 1), 3, "the configuration says [2147483647, 32]"),
@@ -444,31 +447,3 @@ def test_a_run_that_cannot_begin_leaves_nothing_in_the_way(late: bool, monkeypat
     assert done.err.endswith("nothing was half-written, make room and try again\n")
     assert not Path("run").exists()
     assert run(*training).code == 0
-
-
-# -- mutations ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
-def test_mutated_files_are_refused_or_used_and_nothing_else(name: str, tmp_path: Path) -> None:
-    (tmp_path / "m" / modeldir.MANIFEST).unlink()
-    path = tmp_path / "m" / name
-    good = path.read_bytes()
-    draw = random.Random(name)
-    codes = []
-    for _ in range(60):
-        content = bytearray(good)
-        at = draw.randrange(min(len(content), 4000))
-        kind = draw.choice(["flip", "cut", "insert"])
-        if kind == "flip":
-            content[at] ^= 1 << draw.randrange(8)
-        elif kind == "cut":
-            del content[at:]
-        else:
-            content[at:at] = draw.choice([b"9" * 30, b"-", b'"', b"[", b"null", b"\0", b"1e999"])
-        path.write_bytes(content)
-        done = run("generate", "-m", "m", "hello", "--max-tokens", "1", "--quiet")
-        assert done.code in (0, 2, 3), f"{kind} at {at}: {done}"
-        assert done.err.count("\n") == (done.code != 0), f"{kind} at {at}: {done}"
-        codes.append(done.code)
-    assert codes.count(3) > 20

@@ -116,6 +116,7 @@ def test_absent_keys_mean_what_they_do_in_the_format() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, DamagedFileError, "'yarn' is not supported"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, DamagedFileError, "must be less than"),
         ({"rope_scaling": {"rope_type": "linear"}}, DamagedFileError, "factor = None"),
+        ({"rope_scaling": {**LLAMA3, "beta_fast": [1]}}, DamagedFileError, r"does not have beta_fast = \[1\]"),
     ],
 )
 def test_wrong_config_json(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -26,16 +26,13 @@ from terminal import Done, isolate, run, tree
 from test_tokenizer_formats import END, write_original
 
 import cli
-from convert import legacy, original
-from convert.adapter import from_original
-from convert.original_tokenizer import tokenizer_files
-from convert.state_dict import from_pt
+from convert.original import is_checkpoint_folder
 from mlx_impl import lora
 from mlx_impl.config import Budget, ContinualLearningConfig
-from mlx_impl.errors import InputError, MiniMacError
+from mlx_impl.conversion import convert
+from mlx_impl.errors import InputError
 from mlx_impl.ewc import fisher_diagonal, logits_of
 from mlx_impl.learner import ContinualLearner
-from mlx_impl.modeldir import expected_shapes
 from mlx_impl.moving import move_over, rescaled
 from mlx_impl.past import recall
 from mlx_impl.replay import unpack
@@ -469,6 +466,46 @@ def test_the_command_and_the_lesson_after_it(theirs: Path, tmp_path: Path) -> No
     assert run("verify", "-m", tmp_path / "model").code == 0
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("out.gguf",),
+        ("out.pt",),
+        ("out.pt", "--to", "original"),
+        ("out", "--quantize", "4"),
+        ("out.gguf", "--domain", "law"),
+    ],
+)
+def test_a_checkpoint_folder_becomes_a_model_directory_first(
+    theirs: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    done = run("convert", theirs, tmp_path / arguments[0], *arguments[1:])
+    assert done.code == 2
+    expected = f"error: {theirs}: a checkpoint folder becomes a model directory first; convert that"
+    assert done.err.strip().splitlines() == [expected]
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_a_folder_of_torch_ref_is_no_checkpoint_folder(moved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    convert(moved[0], tmp_path / "ours" / "model.pt")
+    assert not is_checkpoint_folder(tmp_path / "ours")
+    done = run("convert", tmp_path / "ours", tmp_path / "out")
+    assert (done.code, "found model.pt instead" in done.err) == (2, True)
+    assert run("convert", tmp_path / "ours" / "model.pt", tmp_path / "out").code == 0
+
+
+def test_the_tokenizer_may_be_one_of_ours(mine: Path, moved: tuple[Path, dict[str, Any]]) -> None:
+    shutil.rmtree(mine / "tokenizer")
+    record = move_over(mine, mine.parent / "model", tokenizer=moved[0])
+    assert record["files"][str(moved[0])] == "261 tokens, 39 fewer than the model has rows -> tokenizer.json"
+    written = mine.parent / "model"
+    assert (written / "tokenizer.json").read_bytes() == (moved[0] / "tokenizer.json").read_bytes()
+    assert json.loads((written / "config.json").read_text())["eos_token_id"] == 0
+    shutil.copyfile(moved[0] / "tokenizer.json", mine / "tokenizer.json")
+    told = move_over(mine, mine.parent / "other", tokenizer=mine)["files"]
+    assert told["tokenizer.json"].startswith("261 tokens")
+
+
 def test_a_domain_only_where_there_is_one(theirs: Path, tmp_path: Path) -> None:
     done = run("convert", theirs / "model.pt", tmp_path / "model", "--domain", "law")
     assert done.code == 2
@@ -586,38 +623,6 @@ def test_hostile_folders_end_in_one_line_and_nothing_is_written(mine: Path, name
     assert tree(mine.parent) == before
     assert not (mine.parent / "model").exists()
     assert not Path("ran").exists()
-
-
-@pytest.mark.parametrize("name", ["replay_buffer.pt", "ewc.pt", "tokenizer/vocab.json", "tokenizer/merges.json"])
-def test_mutated_files_are_read_or_refused(mine: Path, name: str) -> None:
-    """Bytes changed, cut out or repeated: what the readers make of it is a value or one of our errors."""
-    content, draw = (mine / name).read_bytes(), random.Random(5)
-    shapes = expected_shapes(from_pt(mine / "model.pt").config)
-    whole = from_original(legacy.read_pt(mine / "adapter.pt"), shapes, "adapter.pt")
-    refused: list[str] = []
-    for _ in range(100):
-        mutated, at = bytearray(content), draw.randrange(len(content))
-        kind = draw.choice(["byte", "cut", "repeat", "end"])
-        if kind == "byte":
-            mutated[at] = draw.randrange(256)
-        elif kind == "cut":
-            del mutated[at : at + draw.randrange(1, 40)]
-        elif kind == "repeat":
-            mutated[at:at] = mutated[at : at + draw.randrange(1, 40)]
-        else:
-            del mutated[at:]
-        (mine / name).write_bytes(mutated)
-        try:
-            if name == "replay_buffer.pt":
-                original.experiences(legacy.read_pt(mine / name), ROWS, name)
-            elif name == "ewc.pt":
-                original.consolidation(legacy.read_pt(mine / name), whole, shapes, name)
-            else:
-                tokenizer_files(mine / "tokenizer", 64)
-        except MiniMacError as error:
-            refused.append(str(error))
-    assert len(refused) > 10
-    assert all("\n" not in message for message in refused)
 
 
 # -- the page about it ----------------------------------------------------------------

@@ -6,6 +6,7 @@ as a GPU would have it and as a CPU does.
 
 import dataclasses
 import json
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from foreign_models import base_arrays, write_foreign
 from lessons import SETTINGS, text, tiny_tokenizer
 from terminal import isolate, run
 
-from mlx_impl import lora, modeldir, quantised
+from mlx_impl import fusing, lora, modeldir, quantised
 from mlx_impl.config import Budget, ModelConfig
+from mlx_impl.conversion import convert
 from mlx_impl.device import keep_quantised
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.exchange import export_adapter
@@ -28,7 +30,8 @@ from mlx_impl.foreign import open_model
 from mlx_impl.fusing import fuse
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.model import ContinualLLM
-from mlx_impl.packing import BITS, GROUP_SIZES, Packing, unpack
+from mlx_impl.packing import BITS, GROUP_SIZES, Packing, read_quantization, unpack
+from mlx_impl.pull import pull
 from mlx_impl.quantised import write_quantised
 from mlx_impl.tokenizer import Tokenizer
 
@@ -112,20 +115,23 @@ def test_mlx_lm_writes_the_same_bytes(tmp_path: Path) -> None:
     assert described["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_numpy_unpacks_what_mlx_packed(bits: int, group_size: int) -> None:
-    matrix = np.random.default_rng(0).standard_normal((6, 256), np.float32)
+def test_numpy_unpacks_what_mlx_packed(bits: int, group_size: int, dtype: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((2, 3, 256), np.float32)
     packing = Packing(bits, group_size)
-    packed = quantised.pack(matrix, packing, "float32")
+    packed = quantised.pack(matrix, packing, dtype)
     ours = unpack(*(np.array(packed[name]) for name in ("weight", "scales", "biases")), bits)
+    assert ours.dtype == np.float32
     assert_close("unpacked", ours, quantised.unpack(packed, packing), atol=1e-6)
     coarse = np.abs(ours - matrix).max()
-    assert coarse < 1.1 * np.ptp(matrix, axis=1).max() / (2**bits - 1)
+    assert coarse < 1.1 * np.ptp(matrix, axis=-1).max() / (2**bits - 1)
 
 
-def test_a_quantised_directory_is_read_without_mlx(tmp_path: Path) -> None:
-    base = written(tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_quantised_directory_is_read_without_mlx(dtype: str, tmp_path: Path) -> None:
+    base = written(tmp_path, dtype=dtype)
     config, quantization = modeldir.read_config(base)
     infos = modeldir.checked_tensors(base, config, quantization)
     dense = dict(modeldir.read_dense(infos, quantization))
@@ -171,11 +177,11 @@ def test_lessons_on_a_quantised_base(kind: str, way: str, tmp_path: Path, monkey
     assert np.array_equal(np.array(learner.model(tokens)), logits)
 
 
-def foreign(folder: Path, kind: str) -> Path:
+def foreign(folder: Path, kind: str, **changes: Any) -> Path:
     """A quantised directory of another architecture, as `mlx_lm.convert -q` makes one."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-    dense = write_foreign(folder / "dense", kind, tokenizer(), hidden_size=64, head_dim=16)
+    dense = write_foreign(folder / "dense", kind, tokenizer(), hidden_size=64, head_dim=16, **changes)
     network, config = quantize_model(*load_model(dense), 64, 4)
     save_model(folder / "base", network)
     save_config(config, folder / "base" / "config.json")
@@ -222,6 +228,45 @@ def test_base_and_adapter_become_one_model(kind: str, tmp_path: Path) -> None:
     assert_close("again", open_model(tmp_path / "again")(some_tokens()), float32(network)(some_tokens()), atol=1e-4)
     assert again["survived_percent"] == pytest.approx(survived(learner, base, tmp_path / "again"), abs=0.1)
     assert 0 < again["survived_percent"] < 120
+
+
+@pytest.mark.parametrize("requantise", [False, True])
+def test_what_is_fused_is_spelled_out_for_every_reader(requantise: bool, tmp_path: Path) -> None:
+    """mlx-lm reads rope_theta alone, transformers 5 writes rope_parameters alone: theta must not become 10000."""
+    from mlx_lm.utils import load_model
+
+    base = written(tmp_path, dtype="float16")
+    config = json.loads((base / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "minimac.json").unlink()
+    learner = opened(base)
+    learner.learn_from_text(text(2), budget=Budget(steps=1))
+    fuse(learner.store, "main", base, tmp_path / "fused", requantise)
+    network, written_config = load_model(tmp_path / "fused")
+    assert written_config["rope_theta"] == 20000.0 == written_config["rope_parameters"]["rope_theta"]
+    assert written_config["dtype"] == written_config["torch_dtype"] == ("float16" if requantise else "float32")
+    assert ("quantization" in written_config) == requantise
+    assert_close("theirs", float32(network)(some_tokens()), open_model(tmp_path / "fused")(some_tokens()), atol=1e-4)
+
+
+def test_fusing_holds_one_product_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = opened(written(tmp_path))
+    learner.learn_from_text(text(2), budget=Budget(steps=1))
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def counted(a: mx.array, b: mx.array) -> np.ndarray:
+        nonlocal most
+        product = np.array(a @ b).T
+        alive.append(weakref.ref(product))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return product
+
+    monkeypatch.setattr(fusing, "_delta", counted)
+    fuse(learner.store, "main", tmp_path / "model", tmp_path / "fused")
+    assert len(alive) == len(lora.lora_layers(learner.model))
+    assert most <= 2
 
 
 def float32(network: nn.Module) -> nn.Module:
@@ -299,6 +344,17 @@ def test_convert_packs_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_close("dense", ContinualLLM.from_checkpoint(tmp_path / "dense")(some_tokens()), expected, atol=0.3)
     done = run("convert", tmp_path / "dense", tmp_path / "other", "--quantize", "4", "--check")
     assert (done.code, (tmp_path / "other").exists()) == (2, False)
+
+
+def test_that_weights_are_unpacked_is_told(tmp_path: Path) -> None:
+    base, said = written(tmp_path), list[str]()
+    told = "its weights were quantised to 4 bits, and are unpacked to float32"
+    assert convert(base, tmp_path / "dense")["notes"] == [told]
+    pull(str(base), tmp_path / "home", said.append)
+    assert told in said
+    said.clear()
+    pull(str(tmp_path / "dense"), tmp_path / "home", said.append)
+    assert told not in said
 
 
 def test_requantising_needs_a_quantised_base(tmp_path: Path) -> None:
@@ -384,6 +440,35 @@ def test_files_that_the_settings_do_not_bear_out(tmp_path: Path) -> None:
         mx.save_safetensors(str(base / "model.safetensors"), wrong)
         with pytest.raises(DamagedFileError, match=message):
             open_model(base)
+
+
+def test_stacked_experts_are_fused_and_their_scales_must_fit(tmp_path: Path) -> None:
+    """A mixture keeps the matrices of all experts in one tensor, packed along the last axis."""
+    from mlx_lm.utils import load_model
+
+    base = foreign(tmp_path, "qwen3_moe", moe_intermediate_size=64)
+    assert mx.load(str(base / "model.safetensors"))["model.layers.0.mlp.switch_mlp.up_proj.weight"].ndim == 3
+    learner = opened(base, learning_rate=0.02)
+    learner.learn_from_text(text(2), budget=BUDGET)
+    expected = learner.model(some_tokens())
+    fuse(learner.store, "main", base, tmp_path / "fused")
+    assert_close("fused", load_model(tmp_path / "fused")[0](some_tokens()), expected, atol=1e-4)
+    fuse(learner.store, "main", base, tmp_path / "again", requantise=True)
+    assert layout(tmp_path / "again") == layout(base)
+
+    quantization = read_quantization(json.loads((base / "config.json").read_text()), "config.json")
+    arrays = dict(mx.load(str(base / "model.safetensors")))
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    for wrong in (
+        {**arrays, f"{name}.scales": arrays[f"{name}.scales"][0]},
+        {n: a for n, a in arrays.items() if n != f"{name}.biases"},
+        {**arrays, f"{name}.weight": arrays[f"{name}.weight"].reshape(-1)},
+    ):
+        mx.eval(wrong)
+        mx.save_safetensors(str(base / "model.safetensors"), wrong)
+        infos = modeldir.validate_safetensors(base / "model.safetensors", integers=True)
+        with pytest.raises(DamagedFileError, match=rf"{name}\.weight \[.*\] of 4 bits in groups of 64 has scales"):
+            modeldir.dense_infos(infos, quantization)
 
 
 def test_layers_may_be_packed_each_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mlx_impl
+from mlx_impl import tokenizer_train
 from mlx_impl.data import encode_document
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.generate import prompt_ids
@@ -641,6 +642,30 @@ def test_a_changed_byte_in_either_file_of_ours_is_noticed(directory: Path, tmp_p
 def test_other_kinds_are_refused(byte_level: Path, tmp_path: Path, changes: dict[str, Any], error: str) -> None:
     with pytest.raises(InputError, match=error):
         Tokenizer.load(edited(byte_level, tmp_path / "x", **changes))
+
+
+def test_a_name_whose_id_is_another_tokens_is_no_special_token(byte_level: Path, tmp_path: Path) -> None:
+    state = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    taken = state["added_tokens"][0]
+    state["model"]["vocab"] = {f"{taken['content']}x": taken["id"], **state["model"]["vocab"]}
+    folder = edited(byte_level, tmp_path / "x", model=state["model"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": f"{taken['content']}x"}), encoding="utf-8")
+    assert Tokenizer.load(folder).special_ids == Tokenizer.load(byte_level).special_ids
+
+
+@pytest.mark.parametrize(("piece", "words"), [("x" * 200_000, "too long"), ("a\0", "null"), ("\x1b[2J", "tokenizer")])
+def test_pieces_that_sentencepiece_does_not_take(directory: Path, tmp_path: Path, piece: str, words: str) -> None:
+    state = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    specials = [token["content"] for token in state["added_tokens"]]
+    merges = state["model"]["merges"]
+    characters = list(state["model"]["vocab"])[len(specials) + 256 : -len(merges)]
+    made = tokenizer_train.tokenizer_json(specials, characters, [*merges[:-1], [merges[-1][0], piece]])
+    folder = copied(directory, tmp_path / "x")
+    (folder / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    with pytest.raises(DamagedFileError, match=words) as caught:
+        Tokenizer.load(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
 
 
 def test_code_named_by_a_configuration_is_refused(byte_level: Path, tmp_path: Path) -> None:
