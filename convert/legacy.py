@@ -107,7 +107,8 @@ def write_pt(path: Path, value: Any, dtype: str = "float32") -> None:
             tensors[id(array)] = torch.from_numpy(writable).to(getattr(torch, dtype))
         return tensors[id(array)]
 
-    torch.save(_mapped(value, np.ndarray, tensor), path)
+    with open(path, "wb") as file:  # given a path, PyTorch writes its name into the archive
+        torch.save(_mapped(value, np.ndarray, tensor), file)
 
 
 def _torch(path: Path) -> Any:

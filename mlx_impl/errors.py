@@ -1,8 +1,8 @@
 """Errors meant for a person, each with the exit code that the command line ends with.
 
 One line: what is wrong, where, both values where there are two, and what to do. Anything that is not one of
-these is a defect of ours and shows as such. What a file or another library says gets into an error only through
-`printable`, `listed` and `shown`: it may be a gigabyte, many lines, or hold what a terminal would obey.
+these is a defect of ours and shows as such. What a file or another library says may be a gigabyte, many lines, or hold
+what a terminal would obey: `printable`, `listed` and `shown` make it fit to be part of an error.
 """
 
 import reprlib
@@ -59,4 +59,4 @@ def listed(names: Sequence[str], separator: str = ", ", longest: int = 120) -> s
 
 def shown(value: object) -> str:
     """A value from outside, shortened where it is made text: a few lists in each other can stand for gigabytes."""
-    return reprlib.repr(value)[:80]
+    return printable(reprlib.repr(value), 80)

@@ -142,20 +142,26 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
     assert f"falls by {ours['gain']:.3f} nats per token with the defaults, by {plain['gain']:.3f} with a plain" in told
 
 
-def test_forgetting_figures_are_those_of_the_file() -> None:
-    path = ROOT / "benchmarks" / "results" / "forgetting_quick.json"
-    methods = json.loads(path.read_text("utf-8"))["methods"]
-    worst = {name: methods[name]["ppl_forget_percent"]["worst"]["value"] for name in ("lora", "full", "replay+ewc")}
+def test_forgetting_figures_are_those_of_the_files() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    quick, full = (json.loads((folder / f"forgetting_{n}.json").read_text("utf-8"))["methods"] for n in ("quick", 8192))
     told = " ".join(README.split())
-    assert f"worst one up by {worst['lora']:.1f} %, full fine-tuning by {worst['full']:.1f} %" in told
-    assert f"as they are by default by {worst['replay+ewc']:.1f} %" in told
-    assert methods["domains"]["bit_identical"] is True
-    begun = json.loads((path.parent / "forgetting_8192.json").read_text("utf-8"))["methods"]
-    assert f"worst one up by {begun['lora']['ppl_forget_percent']['worst']['value']:.1f} %, a domain each" in told
-    routed = begun["domains"]["routed"]
-    assert f"with other lessons, {100 * routed['accuracy']:.0f} % and {routed['ppl_rise_percent']:.1f} %" in told
+
+    def worst(methods: dict[str, Any], name: str) -> str:
+        return f"{methods[name]['ppl_forget_percent']['worst']['value']:.1f} %"
+
+    assert (
+        f"perplexity of the worst text up by {worst(full, 'lora')}, full fine-tuning by {worst(full, 'full')}" in told
+    )
+    assert f"by its tokens, with EWC, by {worst(full, 'tokens+ewc')}, a domain each by exactly nothing" in told
+    assert f"one LoRA {worst(quick, 'lora')}, full fine-tuning {worst(quick, 'full')}" in told
+    assert f"by default {worst(quick, 'replay+ewc')}, by tokens {worst(quick, 'tokens+ewc')}" in told
+    assert quick["domains"]["bit_identical"] is full["domains"]["bit_identical"] is True
+    routed = full["domains"]["routed"]
+    assert f"{100 * routed['accuracy']:.0f} % of the windows of five texts" in told
+    assert f"perplexity is {routed['ppl_rise_percent']:.2f} % above" in told
     results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
-    for method in methods.values():
+    for method in [*quick.values(), *full.values()]:
         figure = method.get("ppl_forget_percent", {}).get("worst", {})
         if "low" in figure:
             shown = f"{figure['value']:.1f} ({figure['low']:.1f} to {figure['high']:.1f})"
