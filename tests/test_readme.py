@@ -154,6 +154,7 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
         f"perplexity of the worst text up by {worst(full, 'lora')}, full fine-tuning by {worst(full, 'full')}" in told
     )
     assert f"by its tokens, with EWC, by {worst(full, 'tokens+ewc')}, a domain each by exactly nothing" in told
+    assert f"replay by predictions with EWC, ends with {worst(full, 'replay+ewc')}" in told
     assert f"one LoRA {worst(quick, 'lora')}, full fine-tuning {worst(quick, 'full')}" in told
     assert f"by default {worst(quick, 'replay+ewc')}, by tokens {worst(quick, 'tokens+ewc')}" in told
     assert quick["domains"]["bit_identical"] is full["domains"]["bit_identical"] is True
