@@ -139,8 +139,9 @@ def test_without_time_for_states_words_speak_alone_for_a_domain(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = opened(base, tmp_path / "s", holdout=0.0)
-    monkeypatch.setattr("mlx_impl.lesson.STATES_SHARE", 0.0)
-    learner.learn_from_text(text(1), "hurried", budget=Budget(seconds=20, epochs=0.1))
+    with monkeypatch.context() as hurry:
+        hurry.setattr("mlx_impl.lesson.STATES_SHARE", 0.0)
+        learner.learn_from_text(text(1), "hurried", budget=Budget(seconds=20, epochs=0.1))
     learner.learn_from_text(text(2), "calm", budget=Budget(steps=1))
     assert states.MEANS not in kept(learner, "hurried")
     assert states.MEANS in kept(learner, "calm")
