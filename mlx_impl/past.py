@@ -63,9 +63,10 @@ def recall(
     domain never had. Raises DamagedFileError where what was stored is not what was written.
     """
     past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
-    if parent is not None:
-        past.anchor = lora.adapter_arrays(model)
-    if parent is not None and past.anchor is not None and config.use_ewc and config.ewc_lambda > 0:
+    if parent is None:
+        return past
+    past.anchor = lora.adapter_arrays(model)
+    if config.use_ewc and config.ewc_lambda > 0:
         before = read_fisher(store.files_of(parent), past.anchor)
         past.fisher = _fisher(before, past.buffer, parent.depth, model, config, mx.random.key(seed), budget)
         if past.fisher is not None:

@@ -137,12 +137,12 @@ class Router:
             return Routing(None, {})
         if self._general is None:
             self._general = general_frequencies(self._tokenizer)
-        scores = {domain: evidence(statistics, ids, self._general) for domain, statistics in known.items()}
-        scores = {domain: score - LEAST_EVIDENCE for domain, score in scores.items()}
+        words = {domain: evidence(statistics, ids, self._general) for domain, statistics in known.items()}
+        scores = {domain: score - LEAST_EVIDENCE for domain, score in words.items()}
         if len(ids) >= SHORT and (discriminant := self._discriminant_of(known)) is not None:
             mean = states.mean_states(self._model, np.array([ids], np.int32), states.first_token(self._tokenizer))[0]
             for domain, added in discriminant.evidence(mean, len(ids)).items():
-                scores[domain] = WORDS_WEIGHT * (scores[domain] + LEAST_EVIDENCE) + added
+                scores[domain] = WORDS_WEIGHT * words[domain] + added
         best = max(scores, key=scores.__getitem__)
         if scores[best] <= 0:
             return Routing(None, scores)
