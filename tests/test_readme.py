@@ -139,7 +139,8 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
     right, rise = routing["by_prefix"]["64"]["router"]["accuracy"], routing["rest"]["mean_loss_percent"]
     assert f"{100 * right:.0f} % right, perplexity of the rest {rise:.2f} % above" in told
     (ours,), (plain,) = (result(f"settings_40960{end}")["settings"].values() for end in ("", "_plain"))
-    assert (
+    assert f"falls by {ours['gain']:.3f} nats per token with the defaults of that day," in told
+    assert f"by {plain['gain']:.3f} with a plain LoRA" in told
         f"falls by {ours['gain']:.3f} nats per token with the defaults of that day, by {plain['gain']:.3f} with a plain"
         in told
     )
