@@ -94,11 +94,10 @@ METHODS = {
     "full": Method("full fine-tuning", "full", "full"),
     "replay+ewc": _shared("replay 50 % + EWC", 0.5, True),
     "replay10+ewc": _shared("replay 10 % + EWC", 0.1, True),
-    "tokens+ewc": _shared("replay 50 % of the tokens + EWC", 0.5, True, **TOKENS),
     "replay": _shared("replay 50 %", 0.5, False),
     "ewc": _shared("EWC", 0.0, True),
-    "replay+10ewc": _shared("replay 50 % + EWC, ten times as strong", 0.5, True, ewc_lambda=10.0),
     "replay10": _shared("replay 10 %", 0.1, False),
+    "tokens+ewc": _shared("replay 50 % of the tokens + EWC", 0.5, True, **TOKENS),
     "tokens+ewc+distill": _shared("the same + distillation from the base", 0.5, True, **TOKENS, distill_weight=0.5),
     "joint": Method("all at once", "joint"),
 }

@@ -375,16 +375,17 @@ class ContinualLearningConfig:
     replay_strategy: str = option("uniform", "how they are drawn: uniform, importance or reservoir")
     replay_targets: str = option(
         "predictions",
-        "what replayed windows are held to: predictions (of the version before) or tokens, which are learned again",
+        "what replayed windows are held to: predictions (of the version that knew their lesson best) or tokens, which "
+        "are learned again",
     )
     replay_weight: float = option(
-        4.0, "how strongly replayed windows are held to predictions; 1 weighs a nat of divergence like one of loss"
+        1.0, "how strongly replayed windows are held to predictions; 1 weighs a nat of divergence like one of loss"
     )
     use_ewc: bool = option(True, "whether a later lesson is held near what the earlier ones made of the adapter")
     ewc_lambda: float = option(
-        1.0,
-        "how strongly elastic weight consolidation holds a lesson near the version before; 1 weighs it like as many "
-        "tokens of the earlier lessons",
+        2.0,
+        "how strongly elastic weight consolidation holds a lesson near the version before; 1 weighs it like the "
+        "divergence from what that version predicts",
     )
     ewc_gamma: float = option(0.95, "what is left of the Fisher of the lessons before, at each lesson")
     ewc_fisher_samples: int = option(8, "windows of the last lesson that its Fisher is estimated from, at most")

@@ -104,13 +104,27 @@ def consolidate(old: Params | None, new: Params, gamma: float) -> Arrays:
     return fisher
 
 
+def calibrated(fisher: Params, params: Params, other: Params, divergence: float) -> Arrays:
+    """A Fisher at `params`, scaled so that `ewc_penalty` of `other` is the `divergence` measured there, in nats.
+
+    A diagonal takes no account of parameters that move together, which they all do: what a lesson changed costs many
+    times what its diagonal says, the more so the larger the model. `other` had better be far away, such as before
+    a lesson. Comes back as it is where either of the two is nothing.
+    """
+    expected = float(ewc_penalty(other, params, fisher, 1.0).item())  # type: ignore[arg-type]
+    factor = divergence / expected if divergence > 0 and expected > 0 else 1.0
+    scaled = {name: factor * array for name, array in flatten(fisher).items()}
+    mx.eval(scaled)
+    return scaled
+
+
 def ewc_penalty(params: Params, anchor: Params, fisher: Params, strength: float) -> mx.array:
     """Elastic weight consolidation: strength/2 * sum_i F_i (theta_i - theta*_i)^2.
 
     All three trees have the adapter's structure; the result is a scalar in nats, added to a loss in nats per
     token. Zero at the anchor. Kirkpatrick et al. 2017, eq. 3; the factor 1/2 is theirs and not everyone's. With a
     Fisher per token, strength 1 makes it the second-order KL divergence per token from the anchor, as far as the
-    Fisher is diagonal: the old text then weighs as much as the new.
+    Fisher is diagonal (see `calibrated`): the old text then weighs as much as the new.
 
     An adapter's (A, B) and (cA, B/c) are one function. Rescaling all three trees together changes nothing here, but
     moving from the one to the other costs, and a mixing (A M, M^-1 B) of the rank is seen either way. Only a

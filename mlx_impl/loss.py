@@ -39,6 +39,13 @@ def next_token_loss(model: BaseModel, tokens: mx.array, mask: mx.array) -> tuple
     return kernels.summed_cross_entropy(hidden, model.head_weight, tokens[:, 1:], mask), mask.sum()
 
 
+def summed_divergence(model: BaseModel, hidden: mx.array, teacher: mx.array, weights: mx.array) -> mx.array:
+    """KL(teacher || ours) in nats, weighed by (R, T) and summed, of what two `model.hidden` (R, T, ...) predict."""
+    if model.head_weight is None:
+        return (divergence(model.head(hidden), model.head(teacher)) * weights).sum()
+    return kernels.summed_divergence(hidden, teacher, model.head_weight, weights)
+
+
 def held_loss_of(model: BaseModel) -> Callable[..., tuple[mx.array, mx.array]]:
     """As `loss_of`, also of batches whose last rows are held to a teacher's predictions, with or without their tokens.
 
@@ -58,10 +65,10 @@ def held_loss_of(model: BaseModel) -> Callable[..., tuple[mx.array, mx.array]]:
         targets = tokens[: len(mask), 1:]
         head = model.head_weight  # (V, D)
         if head is None:
-            losses = cross_entropy(model.head(learned), targets) * mask
-            return losses.sum() + (divergence(model.head(rest), model.head(teacher)) * held).sum(), mask.sum()
-        total = kernels.summed_cross_entropy(learned, head, targets, mask)
-        return total + kernels.summed_divergence(rest, teacher, head, held), mask.sum()
+            total = (cross_entropy(model.head(learned), targets) * mask).sum()
+        else:
+            total = kernels.summed_cross_entropy(learned, head, targets, mask)
+        return total + summed_divergence(model, rest, teacher, held), mask.sum()
 
     return loss
 

@@ -28,11 +28,11 @@ from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.conversion import load_tokenizer, tokenizer_in
 from mlx_impl.data import Tokens
 from mlx_impl.errors import InputError, printable
-from mlx_impl.ewc import fisher_diagonal, logits_of
 from mlx_impl.files import atomic_folder, read_json, write_json
 from mlx_impl.loss import cross_entropy
 from mlx_impl.model import ContinualLLM
-from mlx_impl.replay import ReplayBuffer, unpack
+from mlx_impl.past import measured_fisher
+from mlx_impl.replay import ReplayBuffer, Window, unpack
 from mlx_impl.router import count_tokens
 from mlx_impl.store import Replay, Version, check_domain, open_store
 from mlx_impl.windows import Batch, Windows
@@ -311,20 +311,20 @@ def _fisher(
     base.train(False)
     rows = list(buffer.rows())
     count = min(len(rows), settings.ewc_fisher_samples)
-    chosen = [unpack(rows[number * len(rows) // count].window) for number in range(count)]  # evenly, of all sources
-    windows = [(mx.array(tokens)[None], mx.array(mask)[None]) for tokens, mask in chosen]  # (1, n + 1), (1, n)
-    found.notes.append(_shifted(base, windows))
-    measured = fisher_diagonal(logits_of(base), base.trainable_parameters(), windows, mx.random.key(settings.seed))
+    chosen = [rows[number * len(rows) // count].window for number in range(count)]  # evenly, of all sources
+    found.notes.append(_shifted(base, chosen))
+    measured = measured_fisher(base, chosen, mx.random.key(settings.seed))
     if found.consolidation is None or not found.consolidation.fisher:
         return measured
     found.told[EWC] += f"; each tensor scaled to its mean on {count} of the windows, in nats^2 per token"
     return rescaled(found.consolidation.fisher, measured)
 
 
-def _shifted(model: ContinualLLM, windows: Sequence[tuple[mx.array, mx.array]]) -> str:
+def _shifted(model: ContinualLLM, windows: Sequence[Window]) -> str:
     """SHIFTED with what the windows say about it: the loss on the next token and on the one after, nats per token."""
     nats, counted = np.zeros(2), np.zeros(2)
-    for tokens, mask in windows:
+    for window in windows:
+        tokens, mask = (mx.array(part)[None] for part in unpack(window))  # (1, n + 1), (1, n)
         logits = model(tokens[:, :-1])  # (1, n, V)
         for ahead in range(min(2, mask.shape[1])):
             counts = mask[:, ahead:]

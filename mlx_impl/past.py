@@ -6,41 +6,49 @@ lesson is estimated when the next one begins, from the windows that the buffer k
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import mlx.core as mx
 
 from mlx_impl import lora
-from mlx_impl.adapters import read_fisher
+from mlx_impl.adapters import read_adapter, read_fisher
 from mlx_impl.arrays import Arrays, Tree
 from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
-from mlx_impl.ewc import consolidate, ewc_penalty, fisher_diagonal, logits_of
-from mlx_impl.replay import ReplayBuffer, unpack
+from mlx_impl.ewc import calibrated, consolidate, ewc_penalty, fisher_diagonal, logits_of
+from mlx_impl.loss import summed_divergence
+from mlx_impl.replay import ReplayBuffer, Window, unpack
 from mlx_impl.store import Replay, Store, Version
 
 FISHER_SHARE = 0.05
 """Share of the time that estimating the Fisher may take."""
+
+CALIBRATION_WINDOWS = 4
+"""Windows, at most, on which the Fisher is compared with the divergence from the bare base."""
+
+TEACHERS = 8
+"""Adapters of earlier versions in memory at one time."""
 
 
 @dataclass
 class Past:
     """The domain's buffer, which takes up the new lesson's windows too, and the pull towards the version before.
 
-    `lesson` numbers the one that begins; `source` and `importance` are its own. `anchor` is the adapter of the version
-    before, `fisher` the accumulated one, in nats^2 per token, and `penalty` the distance from the anchor in nats per
-    token; they are None where there is nothing to be held near.
+    `lesson` numbers the one that begins; `source` and `importance` are its own. `fisher` is the accumulated one, in
+    nats^2 per token, and `penalty` the distance from the version before in nats per token; they are None where there is
+    nothing to be held near. `teacher` gives the adapter to whose predictions the windows of a lesson are held.
     """
 
     buffer: ReplayBuffer
     lesson: int
     source: str = "text"
     importance: float = 1.0
-    anchor: Arrays | None = None
     fisher: Arrays | None = None
     penalty: Callable[[Tree], mx.array] | None = None
+    teacher: Callable[[int], Arrays] | None = None
 
     def record(self) -> Replay:
         """The buffer as a version keeps it, with the windows that came in with this lesson."""
@@ -65,13 +73,36 @@ def recall(
     past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
     if parent is None:
         return past
-    past.anchor = lora.adapter_arrays(model)
+    anchor = lora.adapter_arrays(model)
+    history = store.history(parent.domain)
+
+    @lru_cache(TEACHERS)
+    def read(number: int) -> Arrays:
+        return read_adapter(store.files_of(history[number]))[0]
+
+    past.teacher = lambda lesson: read(best_version(history, lesson))
     if config.use_ewc and config.ewc_lambda > 0:
-        before = read_fisher(store.files_of(parent), past.anchor)
+        before = read_fisher(store.files_of(parent), anchor)
         past.fisher = _fisher(before, past.buffer, parent.depth, model, config, mx.random.key(seed), budget)
         if past.fisher is not None:
-            past.penalty = _penalty(past.anchor, past.fisher, config.ewc_lambda)
+            past.penalty = _penalty(anchor, past.fisher, config.ewc_lambda)
     return past
+
+
+def best_version(history: Sequence[Version], lesson: int) -> int:
+    """Index of the version that knew lesson number `lesson` best, of those it went into that were not pruned.
+
+    Each version's figures say how the held-out parts of earlier lessons changed by it. Where nobody measured that, the
+    first version is taken: what later ones lost of the lesson is then to be won back, and does not add up.
+    """
+    first = next((index for index, version in enumerate(history) if version.depth >= lesson), len(history) - 1)
+    best, drift, lowest = first, 0.0, 0.0
+    for index, version in enumerate(history[first + 1 :], first + 1):
+        measured = (kept for kept in version.figures.get("kept", ()) if kept["version"] == history[first].name)
+        drift += sum(kept["after"] - kept["before"] for kept in measured)
+        if drift < lowest:
+            best, lowest = index, drift
+    return best
 
 
 def _buffer(
@@ -103,19 +134,42 @@ def _fisher(
     was known from those before it, theirs is kept.
     """
     until = math.inf if budget.steps is not None else time.perf_counter() + FISHER_SHARE * budget.seconds
-    rows = list(islice(buffer.rows(lesson), config.ewc_fisher_samples))
+    windows = [row.window for row in islice(buffer.rows(lesson), config.ewc_fisher_samples)]
+    if not windows:
+        return before
+    return consolidate(before, measured_fisher(model, windows, key, until), config.ewc_gamma)
 
-    def windows() -> Iterator[tuple[mx.array, mx.array]]:
-        for count, row in enumerate(rows):
+
+def measured_fisher(model: BaseModel, windows: Sequence[Window], key: mx.array, until: float = math.inf) -> Arrays:
+    """The Fisher of the attached adapter on windows, `calibrated` by how far it went from what the base predicts.
+
+    The model is in evaluation mode. When the clock passes `until`, all windows but the first are left out.
+    """
+    batches = [tuple(mx.array(part)[None] for part in unpack(window)) for window in windows]  # (1, n + 1), (1, n)
+
+    def in_time(all_: Sequence[tuple[mx.array, ...]]) -> Iterator[tuple[mx.array, mx.array]]:
+        for count, (tokens, mask) in enumerate(all_):
             if count and time.perf_counter() > until:
                 return
-            tokens, mask = unpack(row.window)
-            yield mx.array(tokens)[None], mx.array(mask)[None]  # (1, n + 1), (1, n)
+            yield tokens, mask
 
-    if not rows:
-        return before
-    latest = fisher_diagonal(logits_of(model), model.trainable_parameters(), windows(), key)
-    return consolidate(before, latest, config.ewc_gamma)
+    fisher = fisher_diagonal(logits_of(model), model.trainable_parameters(), in_time(batches), key)
+    here = lora.adapter_arrays(model)
+    bare = {name: mx.zeros_like(array) if name.endswith(".lora_b") else array for name, array in here.items()}
+    divergence = _divergence_of_base(model, in_time(batches[:CALIBRATION_WINDOWS]))
+    return calibrated(fisher, here, bare, divergence)
+
+
+def _divergence_of_base(model: BaseModel, batches: Iterable[tuple[mx.array, mx.array]]) -> float:
+    """KL(with the adapter || without) in nats per token."""
+    total = count = mx.array(0.0)
+    for tokens, mask in batches:
+        adapted = model.hidden(tokens[:, :-1])
+        with lora.bare(model):
+            base = model.hidden(tokens[:, :-1])
+        total, count = total + summed_divergence(model, base, adapted, mask), count + mask.sum()
+        mx.eval(total, count)  # one window's activations at a time
+    return float((total / count).item())  # type: ignore[arg-type]
 
 
 def _penalty(anchor: Arrays, fisher: Arrays, strength: float) -> Callable[[Tree], mx.array]:

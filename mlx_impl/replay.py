@@ -201,6 +201,10 @@ class ReplayBuffer:
         """Packed and padded rows (len(slots), L + 1)."""
         return mx.take(self._windows, mx.array(slots, mx.int32), axis=0)
 
+    def lessons_of(self, rows: Sequence[bytes]) -> list[int]:
+        """The lessons that rows drawn before came in with."""
+        return [self._index.rows[id].lesson.number for id in rows]
+
     def rows(self, lesson: int | None = None) -> Iterator[StoredRow]:
         """The rows with their windows, of one lesson or of all: what a commit adds to the windows it has stored."""
         chosen = [row for row in self._index.ordered() if lesson in (None, row.lesson.number)]

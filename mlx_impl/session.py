@@ -7,6 +7,7 @@ learning-rate schedule follows. Where the time suffices for all that was asked, 
 import math
 import time
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -143,8 +144,9 @@ class Session:
     def _batch(self, sample: Sample, new: int) -> tuple[mx.array, ...]:
         """What the loss takes of a microbatch: the `new` rows of the lesson's own, replayed ones, ones like the base's.
 
-        Replayed windows are held to what the version before predicts on them. Their tokens would be learned by heart:
-        a short lesson's few windows come up again and again, while the text that they stand for is forgotten.
+        Replayed windows are held to what the version that knew their lesson best predicts on them. Their tokens would
+        be learned by heart: a short lesson's few windows come up again and again, while the text that they stand for
+        is forgotten.
         """
         weights = sample.mask * sample.weights[:, None]  # (B, T)
         behind = new + len(sample.rows)
@@ -153,27 +155,34 @@ class Session:
         order, learned = [slice(0, behind), general], len(weights)
         if self.predicted:
             order, learned = [slice(0, new), general, replayed], len(weights) - len(sample.rows)  # the rest: no tokens
-            teachers = [(general, True, strength), (replayed, False, self.config.replay_weight)]
+            lessons = self.past.buffer.lessons_of(sample.rows)
+            teachers = [(general, None, strength), (replayed, lessons, self.config.replay_weight)]
         else:
-            teachers = [(slice(new, len(weights)), True, strength)]
+            teachers = [(slice(new, len(weights)), None, strength)]
         teachers = [part for part in teachers if part[0].stop > part[0].start and part[2] > 0]
         if not teachers:
             return sample.tokens, weights
-        states = [self._predictions(sample.tokens[rows, :-1], of_base) for rows, of_base, _ in teachers]
+        states = [self._predictions(sample.tokens[rows, :-1], lessons) for rows, lessons, _ in teachers]
         held = [factor * weights[rows] for rows, _, factor in teachers]
         tokens, mask = (mx.concatenate([array[rows] for rows in order]) for array in (sample.tokens, weights))
         return tokens, mask[:learned], mx.concatenate(states), mx.concatenate(held)
 
-    def _predictions(self, tokens: mx.array, of_base: bool) -> mx.array:
-        """Final states (R, T, ...) of the bare base on tokens (R, T), or of the version before."""
+    def _predictions(self, tokens: mx.array, lessons: list[int] | None) -> mx.array:
+        """Final states (R, T, ...) on tokens (R, T) of the teachers of the rows' lessons, or of the bare base."""
         self.model.train(False)  # what they predict, not what dropout makes of it
         try:
-            if of_base:
+            if lessons is None:
                 with lora.bare(self.model):
                     states = self.model.hidden(tokens)
             else:
-                self.model.update(unflatten(self.past.anchor or {}))
-                states = self.model.hidden(tokens)
+                assert self.past.teacher is not None
+                parts, start = [], 0
+                for lesson, rows in groupby(lessons):
+                    end = start + len(list(rows))
+                    self.model.update(unflatten(self.past.teacher(lesson)))
+                    parts.append(self.model.hidden(tokens[start:end]))
+                    start = end
+                states = mx.concatenate(parts)
             mx.eval(states)  # no part of the step's graph
             return states
         finally:

@@ -4,6 +4,7 @@ Tiny models and few steps. Comparisons between methods have fixed seeds and step
 time.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from mlx_impl import lora
 from mlx_impl.adapters import STATE, read_adapter, read_fisher
 from mlx_impl.config import Budget
 from mlx_impl.errors import DamagedFileError
+from mlx_impl.ewc import ewc_penalty
 from mlx_impl.lesson import Lesson
+from mlx_impl.loss import divergence
+from mlx_impl.past import best_version, measured_fisher, recall
 from mlx_impl.readers import text_document
+from mlx_impl.replay import unpack
 from mlx_impl.store import Version
 
 PLAIN: dict[str, Any] = {"replay_ratio": 0.0, "use_ewc": False}
@@ -259,3 +264,58 @@ def test_short_lessons_are_not_padded_to_long_windows(base: Path, tmp_path: Path
         assert replay is not None
         assert replay.counters["length"] == lesson.tokens - 1 < 32
         assert (lesson.batch_size, lesson.replayed_tokens // (lesson.tokens - 1)) == expected
+
+
+def measured(history: list[Version], changes: dict[int, dict[int, float]]) -> list[Version]:
+    """Versions whose figures say by how many nats each changed the held-out parts of earlier ones."""
+    named = lambda at, by: {"version": history[at].name, "before": 1.0, "after": 1.0 + by}  # noqa: E731
+    kept = [[named(at, by) for at, by in changes.get(index, {}).items()] for index in range(len(history))]
+    return [dataclasses.replace(version, figures={"kept": kept[index]}) for index, version in enumerate(history)]
+
+
+def test_a_lesson_is_held_to_the_version_that_knew_it_best(base: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        teach(base, tmp_path, number)
+    history = opened(base, tmp_path).store.history("main")
+    assert [best_version(measured(history, {}), lesson) for lesson in (1, 2, 4)] == [0, 1, 3]  # nobody measured
+    forgotten_then_learned = measured(history, {1: {0: 0.2}, 2: {0: -0.1, 1: -0.3}, 3: {0: -0.2, 1: 0.4}})
+    assert [best_version(forgotten_then_learned, lesson) for lesson in (1, 2, 3)] == [3, 2, 2]
+    pruned = forgotten_then_learned[2:]
+    assert [best_version(pruned, lesson) for lesson in (1, 2, 3, 4)] == [0, 0, 0, 1]
+
+
+def test_teachers_are_the_versions_as_they_were(base: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        teach(base, tmp_path, number)
+    learner = opened(base, tmp_path)
+    history = learner.store.history("main")
+    learner.set_adapter("main")
+    past = recall(learner.store, history[-1], learner.model, learner.config, 0, STEPS, 32)
+    assert past.teacher is not None
+    for number, version in enumerate(history, 1):
+        arrays, _ = read_adapter(learner.store.files_of(version))
+        given = past.teacher(number)
+        assert all((given[name] == arrays[name]).all().item() for name in arrays)
+    assert any((past.teacher(1)[name] != array).any().item() for name, array in past.teacher(3).items())
+
+
+def test_the_fisher_says_what_the_adapter_changed(base: Path, tmp_path: Path) -> None:
+    """Without the adapter, the penalty is the divergence that this makes on the windows of the lesson."""
+    teach(base, tmp_path, 0, Budget(steps=30))
+    learner = opened(base, tmp_path)
+    learner.set_adapter("main")
+    replay = learner.store.replay(learner.store.require("main"))
+    assert replay is not None
+    windows = list(replay.windows.values())[:3]
+    here = lora.adapter_arrays(learner.model)
+    fisher = measured_fisher(learner.model, windows, mx.random.key(0))
+    total, count = 0.0, 0
+    for tokens, mask in map(unpack, windows):
+        adapted = learner.model(mx.array(tokens)[None, :-1])
+        with lora.bare(learner.model):
+            bare = learner.model(mx.array(tokens)[None, :-1])
+        total += (divergence(bare, adapted) * mx.array(mask)).sum().item()
+        count += mask.sum()
+    gone = {name: mx.zeros_like(array) if name.endswith("lora_b") else array for name, array in here.items()}
+    assert total / count > 1e-3
+    assert ewc_penalty(gone, here, fisher, 1.0).item() == pytest.approx(total / count, rel=1e-4)

@@ -342,6 +342,18 @@ def test_consolidation_fades_the_old_and_adds_the_new() -> None:
             module.consolidate({n: a for n, a in convert(old).items() if n != "a.weight"}, convert(new), 1.0)
 
 
+def test_a_calibrated_fisher_says_what_was_measured() -> None:
+    params, other, fisher = example()
+    for module, convert, back in ((mlx_impl.ewc, to_mlx, from_mlx), (torch_ref.ewc, to_torch, from_torch)):
+        given = [convert(arrays) for arrays in (fisher, params, other)]
+        scaled = module.calibrated(*given, 0.37)
+        assert float(module.ewc_penalty(given[2], given[1], scaled, 1.0)) == pytest.approx(0.37, rel=1e-5)
+        factor = np.float32(back(scaled)["a.weight"].max() / fisher["a.weight"].max())  # one for all
+        assert_all_close("Fisher", back(scaled), {n: factor * array for n, array in fisher.items()}, of_largest=1e-5)
+        for same in (module.calibrated(*given, 0.0), module.calibrated(given[0], given[1], given[1], 0.37)):
+            assert_all_close("Fisher", back(same), fisher)
+
+
 # -- parity --------------------------------------------------------------------------
 
 BIG = CONFIGS["12:3 tied llama3"]

@@ -37,8 +37,10 @@ def test_domains_forget_nothing(methods: dict[str, Any]) -> None:
 def test_the_order_of_the_methods(methods: dict[str, Any]) -> None:
     assert worst(methods["full"]) > worst(methods["lora"]) > 20
     assert worst(methods["replay+ewc"]) < worst(methods["lora"]) / 5
-    assert methods["replay+ewc"]["gain_lost_percent"]["mean"] < 20 < methods["lora"]["gain_lost_percent"]["mean"]
-    assert methods["replay+ewc"]["plasticity_percent"]["mean"] > 80
+    lost = {name: methods[name]["gain_lost_percent"]["mean"] for name in ("lora", "replay+ewc")}
+    assert lost["lora"] > 20
+    assert lost["replay+ewc"] < lost["lora"] / 3
+    assert methods["replay+ewc"]["plasticity_percent"]["mean"] > 95
     assert methods["joint"]["average_perplexity"] < methods["lora"]["average_perplexity"]
 
 

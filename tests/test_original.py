@@ -31,10 +31,9 @@ from mlx_impl import lora
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.conversion import convert
 from mlx_impl.errors import InputError
-from mlx_impl.ewc import fisher_diagonal, logits_of
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.moving import move_over, rescaled
-from mlx_impl.past import recall
+from mlx_impl.past import measured_fisher, recall
 from mlx_impl.replay import unpack
 from mlx_impl.store import open_store
 from mlx_impl.tokenizer import Tokenizer
@@ -263,13 +262,8 @@ def test_the_fisher_has_their_pattern_and_our_size(moved: tuple[Path, dict[str, 
     learner.set_adapter("law")
     replay = open_store(model).replay(version)
     assert replay is not None
-    batches = [unpack(replay.windows[id.tobytes()]) for id in replay.ids]
-    measured = fisher_diagonal(
-        logits_of(learner.model),
-        learner.model.trainable_parameters(),
-        [(mx.array(tokens)[None], mx.array(mask)[None]) for tokens, mask in batches],
-        mx.random.key(0),
-    )
+    windows = [replay.windows[id.tobytes()] for id in replay.ids]
+    measured = measured_fisher(learner.model, windows, mx.random.key(0))
     pattern = by_our_names(_outside(ewc(adapter())["fisher"]))
     assert pattern.keys() == measured.keys()
     for name, array in measured.items():
@@ -305,7 +299,7 @@ def test_the_next_lesson_replays_the_windows_and_is_held_by_the_fisher(
     assert past.penalty is not None
     assert past.penalty(learner.model.trainable_parameters()).item() == 0
     moved_away = {name: array + 0.1 for name, array in lora.adapter_arrays(learner.model).items()}
-    expected = sum(0.5 * 0.01 * state[name].astype(np.float64).sum() for name in moved_away)
+    expected = learner.config.ewc_lambda * sum(0.5 * 0.01 * state[name].astype(np.float64).sum() for name in moved_away)
     assert past.penalty(moved_away).item() == pytest.approx(expected, rel=1e-3)
 
     lesson = learner.learn_from_text(lessons.text(1), "law", budget=Budget(steps=8))

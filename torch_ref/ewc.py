@@ -81,6 +81,16 @@ def consolidate(old: Params | None, new: Params, gamma: float) -> dict[str, Tens
     return {name: gamma * old[name] + new[name] for name in new}
 
 
+def calibrated(fisher: Params, params: Params, other: Params, divergence: float) -> dict[str, Tensor]:
+    """A Fisher at `params`, scaled so that `ewc_penalty` of `other` is the `divergence` measured there, in nats.
+
+    Comes back as it is where either of the two is nothing.
+    """
+    expected = ewc_penalty(other, params, fisher, 1.0).item()
+    factor = divergence / expected if divergence > 0 and expected > 0 else 1.0
+    return {name: factor * array for name, array in fisher.items()}
+
+
 def ewc_penalty(params: Params, anchor: Params, fisher: Params, strength: float) -> Tensor:
     """strength/2 * sum_i F_i (theta_i - theta*_i)^2 (Kirkpatrick et al. 2017, eq. 3), a scalar in nats per token.
 
