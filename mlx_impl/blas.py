@@ -5,28 +5,23 @@ one. The dynamic linker resolves `cblas_sgemm` to the first global definition, s
 RTLD_GLOBAL before `import mlx.core` replaces it. On macOS MLX uses Metal and Accelerate and nothing is done.
 """
 
-import ctypes
-import ctypes.util
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 _loaded: str | None = None
 
 
-class _BeforeMLX(MetaPathFinder):
+class _BeforeMLX:
     """Loads the BLAS when MLX is about to be imported, so that a program which never does pays nothing."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         """Find nothing; the import goes on as usual."""
         if name == "mlx.core":
             sys.meta_path.remove(self)
             load_fast_blas()
-        return None
 
 
 def load_with_mlx() -> None:
@@ -47,6 +42,8 @@ def load_fast_blas() -> str | None:
     wanted = os.environ.get("MINIMAC_BLAS")
     if wanted == "none":
         return None
+    import ctypes  # with its like below, a tenth of the time of --help
+
     for candidate in [wanted] if wanted else _candidates():
         try:
             ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
@@ -59,6 +56,8 @@ def load_fast_blas() -> str | None:
 
 def _candidates() -> list[str]:
     """MKL where pip puts it (the environment's lib folder), then what the system's linker finds."""
+    import ctypes.util
+
     folders = [
         Path(sys.prefix) / "lib",
         *(Path(p).parent.parent for p in sys.path if p.endswith("site-packages")),
