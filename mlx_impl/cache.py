@@ -1,16 +1,26 @@
 """Key/value caches of the decoder: one that grows, and one that keeps a fixed number of tokens.
 
 Keys are cached after rotation, so their order in memory does not matter to attention; the rotating cache uses that
-and overwrites its oldest row in place. Both share one small interface: `offset`, `mask(T)`, `update(k, v)`.
+and overwrites its oldest row in place. Both share one small interface: `offset`, `mask(T)`, `update(k, v)`. What a
+model has read of one prompt is kept for the next by `PromptCache`, in memory or in a file.
 Letters: B batch, K key/value heads, T new tokens, S cached tokens, d head width.
 """
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 
-from mlx_impl.errors import InputError
+from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.files import atomic_file
+from mlx_impl.modeldir import validate_safetensors
 
 STEP = 256
 """Rows by which a cache grows: one shape for 256 steps instead of a new one for each."""
+
+FORMAT = "minimac-mlx prompt cache 1"
 
 Mask = mx.array | str | None
 
@@ -19,9 +29,16 @@ class KVCache:
     """Keeps every token. Memory: 2 * K * d * 4 bytes a token and layer in fp32."""
 
     def __init__(self) -> None:
-        self.offset = 0
+        self.offset = self._reserved = 0
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
+
+    @classmethod
+    def holding(cls, keys: mx.array, values: mx.array) -> "KVCache":
+        """A cache that holds these keys and values (B, K, S, d) already."""
+        cache = cls()
+        cache._keys, cache._values, cache.offset = keys, values, keys.shape[2]
+        return cache
 
     def mask(self, length: int) -> Mask:
         """What `length` new tokens may attend to: all cached ones and, among themselves, none ahead."""
@@ -30,12 +47,21 @@ class KVCache:
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, K, T, d); returns all of them (B, K, S, d)."""
         end = self.offset + keys.shape[2]
-        self._keys = _room(self._keys, keys, self.offset, end)
-        self._values = _room(self._values, values, self.offset, end)
+        self._keys = self._room(self._keys, keys, end)
+        self._values = self._room(self._values, values, end)
         self._keys[:, :, self.offset : end] = keys
         self._values[:, :, self.offset : end] = values
         self.offset = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    @property
+    def state(self) -> tuple[mx.array, ...]:
+        """The arrays that it keeps, rows in reserve included; none before the first token."""
+        return () if self._keys is None or self._values is None else (self._keys, self._values)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for so many tokens at once when it grows next; it grows by `STEP` otherwise."""
+        self._reserved = rows
 
     def is_trimmable(self) -> bool:
         """Whether the latest tokens can be forgotten again."""
@@ -45,6 +71,15 @@ class KVCache:
         """Forget the latest `count` tokens; their rows will be written over. Returns the count (as mlx-lm's do)."""
         self.offset -= count
         return count
+
+    def _room(self, store: mx.array | None, new: mx.array, end: int) -> mx.array:
+        """A store with at least `end` rows whose first `offset` rows are the old store's."""
+        if store is not None and end <= store.shape[2]:
+            return store
+        batch, heads, _, width = new.shape
+        rows = -(-max(end, self._reserved) // STEP) * STEP
+        fresh = mx.zeros((batch, heads, rows - self.offset, width), new.dtype)
+        return fresh if store is None else mx.concatenate([store[:, :, : self.offset], fresh], axis=2)
 
 
 class RotatingKVCache(KVCache):
@@ -63,6 +98,10 @@ class RotatingKVCache(KVCache):
         super().__init__()
         self.window, self.keep = window, keep
         self._oldest = keep  # row that the next single token overwrites, once the window is full
+
+    def reserve(self, rows: int) -> None:
+        """As the growing cache's, within the window."""
+        super().reserve(min(rows, self.window))
 
     def is_trimmable(self) -> bool:
         """Only while no token has been pushed out."""
@@ -134,11 +173,69 @@ def visible(rows: mx.array, columns: mx.array, window: int, keep: int) -> mx.arr
     return (columns <= rows) & ((columns < keep) | (columns > rows - (window - keep)))
 
 
-def _room(store: mx.array | None, new: mx.array, used: int, end: int) -> mx.array:
-    """A store with at least `end` rows whose first `used` rows are the old store's."""
-    if store is not None and end <= store.shape[2]:
-        return store
-    batch, heads, _, width = new.shape
-    rows = -(-end // STEP) * STEP
-    fresh = mx.zeros((batch, heads, rows - used, width), new.dtype)
-    return fresh if store is None else mx.concatenate([store[:, :, :used], fresh], axis=2)
+class PromptCache:
+    """Keys and values of a text that a model has read, for a prompt that begins likewise.
+
+    `owner` says which weights read it: of other weights they are of no use.
+    """
+
+    def __init__(self) -> None:
+        self.owner = ""
+        self.ids: list[int] = []
+        self.layers: Sequence[Any] = ()
+
+    def take(self, ids: Sequence[int], owner: str) -> Sequence[Any] | None:
+        """The layers' caches, cut back to what `ids` have in common with the text; None where they are of no use.
+
+        They are the caller's from now on, and nothing is kept until `put`: a reader who is interrupted leaves layers
+        at different tokens. The last of `ids` is never among what they hold, for it is read for its logits.
+        """
+        layers, known = self.layers, self.ids
+        self.layers, self.ids = (), []
+        if not ids or not layers or self.owner != owner or not all(layer.is_trimmable() for layer in layers):
+            return None
+        pairs = enumerate(zip(known, ids, strict=False))
+        same = next((n for n, (a, b) in pairs if a != b), min(len(known), len(ids)))
+        same = min(same, len(ids) - 1, layers[0].offset)
+        for layer in layers:
+            layer.trim(layer.offset - same)
+        return layers
+
+    def put(self, ids: Sequence[int], owner: str, layers: Sequence[Any]) -> None:
+        """Keep what was read; `ids` may be longer than what the caches hold, which their offset says."""
+        self.ids, self.owner, self.layers = list(ids), owner, layers
+
+    def save(self, path: Path) -> None:
+        """Write it as a safetensors file, or nothing. InputError for caches that are not a `KVCache` each."""
+        if not self.layers or any(type(layer) is not KVCache for layer in self.layers):
+            raise InputError("only the cache of a Llama model without a window can be written to a file")
+        held = self.layers[0].offset
+        arrays = {
+            f"{number}.{name}": mx.contiguous(array[:, :, :held])
+            for number, layer in enumerate(self.layers)
+            for name, array in zip(("keys", "values"), layer.state, strict=True)
+        }
+        metadata = {"format": FORMAT, "owner": self.owner, "ids": json.dumps(self.ids[:held])}
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            mx.save_safetensors(file, arrays, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "PromptCache":
+        """What `save` wrote. DamagedFileError for any other file."""
+        shapes = {name: info.shape for name, info in validate_safetensors(path).items()}
+        loaded: Any = mx.load(str(path), "safetensors", return_metadata=True)
+        arrays, metadata = loaded
+        cache, layers = cls(), len(shapes) // 2
+        try:
+            if metadata["format"] != FORMAT:
+                raise ValueError(metadata["format"])
+            cache.owner, cache.ids = metadata["owner"], [int(id) for id in json.loads(metadata["ids"])]
+        except (KeyError, ValueError, TypeError):
+            raise DamagedFileError(f"{path}: not a prompt cache of this program ({FORMAT})") from None
+        named = {f"{number}.{name}" for number in range(layers) for name in ("keys", "values")}
+        kinds = set(shapes.values())
+        fits = all(len(shape) == 4 and shape[0] == 1 and shape[2] == len(cache.ids) for shape in kinds)
+        if not layers or set(shapes) != named or len(kinds) != 1 or not fits:
+            raise DamagedFileError(f"{path}: its {len(shapes)} arrays do not hold {len(cache.ids)} tokens each")
+        cache.layers = [KVCache.holding(arrays[f"{n}.keys"], arrays[f"{n}.values"]) for n in range(layers)]
+        return cache

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_impl import readers
+from mlx_impl.cache import PromptCache
 from mlx_impl.config import Budget
 from mlx_impl.console import Reporter, count, forgetting_text, lesson_text, report_text
 from mlx_impl.errors import InputError, MiniMacError, printable
@@ -90,7 +91,7 @@ class Chat:
         self.domain = "auto"
         self.history: Path | None = None
         """The file that keeps what is typed, if any; /help names it."""
-        self._cached: tuple[str | None, list[int], Sequence[Any]] | None = None  # adapter, ids, their keys and values
+        self._cache = PromptCache()
         self.use(domain)
 
     def handle(self, line: str) -> bool:
@@ -128,7 +129,7 @@ class Chat:
 
         tokens, finish = 0, "interrupted"
         try:
-            done = self._complete(ids, used, show)
+            done = self._complete(ids, show)
             tokens, finish = len(done.tokens), done.finish
             if finish == "length" and tokens < self.max_tokens:
                 finish = "context"
@@ -169,30 +170,14 @@ class Chat:
             return tokenizer.encode_chat(messages)
         return prompt_ids(tokenizer, "\n".join(message["content"] for message in messages))
 
-    def _complete(self, ids: list[int], used: str | None, show: Callable[[str], None]) -> Completion:
+    def _complete(self, ids: list[int], show: Callable[[str], None]) -> Completion:
         """Continue `ids`. An interruption leaves layers at different tokens, so the cache is kept only without one."""
-        learner = self.learner
-        head = learner.store.head(used) if used else None
-        adapter = str(sorted(head.files.items())) if head else None
-        cache = self._held(adapter, ids) or learner.model.make_cache()
-        self._cached = None
+        learner, owner = self.learner, self.learner.weights_id()
+        cache = self._cache.take(ids, owner) or learner.model.make_cache()
         most = min(self.max_tokens, self._context - len(ids))
         done = complete(learner.model, learner.tokenizer, ids, most, self.sampling, self.stop, None, show, cache)
-        self._cached = (adapter, [*ids, *done.tokens], cache)
+        self._cache.put([*ids, *done.tokens], owner, cache)
         return done
-
-    def _held(self, adapter: str | None, ids: list[int]) -> Sequence[Any] | None:
-        """The cache of the last turn, cut back to what `ids` begin with; None where it is of no use."""
-        if self._cached is None or self._cached[0] != adapter:
-            return None
-        _, known, cache = self._cached
-        same = next((n for n, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
-        same = min(same, len(ids) - 1, cache[0].offset)  # the last token is always fed, for its logits
-        if not all(layer.is_trimmable() for layer in cache):
-            return None
-        for layer in cache:
-            layer.trim(layer.offset - same)
-        return cache
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -286,7 +271,7 @@ class Chat:
         self.screen.result({"command": "report", **record}, report_text(record))
 
     def _clear(self, rest: str) -> None:
-        self.turns, self._cached = [], None
+        self.turns, self._cache = [], PromptCache()
         self.screen.result({"command": "clear"}, "a new conversation")
 
     def _help(self, rest: str) -> None:

@@ -1,7 +1,9 @@
 """Text from a model: the naive decoder, which is the oracle, and the cached one, which is used.
 
-Both draw from the same `Sampling` with the same keys, so that they give the same tokens. Ids beyond the tokenizer
-are never sampled: a model may have more rows than its tokenizer has tokens.
+The cached one runs the model's fast twin (see `decoder.opened`) and stays a step ahead of whoever reads its tokens:
+penalty, filters and the draw are part of the step, so that nothing waits for the host. Both draw from the same
+`Sampling` with the same keys, so that they give the same tokens. Ids beyond the tokenizer are never sampled: a model
+may have more rows than its tokenizer has tokens.
 """
 
 import time
@@ -12,11 +14,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_impl.base import BaseModel
+from mlx_impl.cache import KVCache
+from mlx_impl.decoder import opened
 from mlx_impl.errors import InputError
 from mlx_impl.tokenizer import Tokenizer
 
 PREFILL = 512
 """Prompt tokens a forward pass: bounds the memory of attention scores and of logits."""
+
+ROOM = 1024
+"""New tokens that room is made for beforehand, of however many are allowed: most texts end before that."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,21 @@ class Sampling:
 
 def penalized(logits: mx.array, seen: Sequence[int], penalty: float) -> mx.array:
     """Logits (V,) with those of tokens already there made less likely (Keskar et al. 2019, CTRL, section 4.1)."""
-    ids = sorted({token for token in seen if token < logits.size})  # MLX writes wherever an index points
-    if penalty == 1.0 or not ids:
-        return logits
-    there = mx.zeros(logits.shape, mx.bool_)
-    there[mx.array(ids)] = True
-    weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
-    return mx.where(there, weaker, logits)
+    return logits if penalty == 1.0 else _weaker(logits, _marked(seen, logits.size), penalty)
+
+
+def _marked(seen: Sequence[int], size: int) -> mx.array:
+    """(V,): which tokens are in `seen`; ids beyond `size` are left out, for MLX writes wherever an index points."""
+    marks = mx.zeros(size, mx.bool_)
+    ids = sorted({token for token in seen if token < size})
+    if ids:
+        marks[mx.array(ids)] = True
+    return marks
+
+
+def _weaker(logits: mx.array, marks: mx.array, penalty: float) -> mx.array:
+    """Logits (V,) with the marked ones moved down."""
+    return mx.where(marks, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
@@ -93,7 +108,11 @@ def sample(logits: mx.array, sampling: Sampling, seen: Sequence[int], position: 
 
     The random key is a function of seed and position, so that any decoder draws alike.
     """
-    logits = penalized(logits, seen, sampling.repetition_penalty)
+    return _drawn(penalized(logits, seen, sampling.repetition_penalty), sampling, position)
+
+
+def _drawn(logits: mx.array, sampling: Sampling, position: int) -> mx.array:
+    """The next token, a scalar, from logits (V,) to which the penalty was done already."""
     if sampling.temperature == 0:
         return mx.argmax(logits)
     key = mx.random.key((sampling.seed << 32) + position)
@@ -128,35 +147,39 @@ def decode(
     """The decoder with a cache: the prompt in chunks, then a token a step. Same tokens as `naive`.
 
     `window` bounds the cache to that many tokens (see RotatingKVCache). A `cache` that is given holds a beginning of
-    the prompt already, all but its last token at most. The next step is enqueued before the last token is read, unless
-    the penalty needs to know it.
+    the prompt already, all but its last token at most. The next step is enqueued before the last token is read.
     """
     if max_tokens < 1:
         return
+    network = opened(model)
     held = cache[0].offset if cache is not None else 0
     cache = model.make_cache(window) if cache is None else cache
+    for layer in cache:
+        if isinstance(layer, KVCache):
+            layer.reserve(len(prompt) + min(max_tokens, ROOM))
     for start in range(held, len(prompt) - 1, PREFILL):
-        chunk = mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]])
-        mx.eval(model.hidden(chunk, cache))
-    seen = list(prompt)
-    penalty = sampling.repetition_penalty != 1.0
+        network.hidden(mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]]), cache)
+        mx.eval([layer.state for layer in cache])  # and not the last layer's states, which nobody reads
+    penalty = sampling.repetition_penalty
+    marks: mx.array | None = None
 
     def step(token: mx.array, position: int) -> mx.array:
-        logits = model(token.reshape(1, 1), cache)[0, -1, :vocab_size]
-        return sample(logits, sampling, seen if penalty else (), position)
+        nonlocal marks
+        logits = network(token.reshape(1, 1), cache)[0, -1, :vocab_size]
+        if penalty != 1.0:
+            marks = _marked(prompt, logits.size) if marks is None else marks | (mx.arange(logits.size) == token)
+            logits = _weaker(logits, marks, penalty)
+        return _drawn(logits, sampling, position)
 
-    token = step(mx.array(seen[-1]), len(prompt))
+    token = step(mx.array(prompt[-1]), len(prompt))
     mx.async_eval(token)
     for produced in range(1, max_tokens + 1):
-        if not penalty and produced < max_tokens:
+        if produced < max_tokens:
             following = step(token, len(prompt) + produced)
             mx.async_eval(following)
-        value = int(token)
-        seen.append(value)
-        yield value
-        if produced == max_tokens:
-            return
-        token = step(mx.array(value), len(prompt) + produced) if penalty else following
+        yield int(token)
+        if produced < max_tokens:
+            token = following
 
 
 def sampled_rows(

@@ -54,7 +54,7 @@ class LoRALinear(nn.Module):
         self.lora_a = lora_a  # (in, r)
         self.lora_b = lora_b  # (r, out)
         self.dropout = nn.Dropout(dropout)
-        self._scale = scale
+        self.scale, self.rate = scale, dropout
         self.train(linear.training)  # a new module is in training mode, and would drop out in an eval model
 
     @classmethod
@@ -69,8 +69,8 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out) in x's dtype; the low-rank product is computed in float32."""
         thin = self.dropout(x) @ self.lora_a  # float32, because lora_a is
         if x.dtype == mx.float32:
-            return mx.addmm(self.linear(x), thin, self.lora_b, alpha=self._scale)
-        return self.linear(x) + (self._scale * (thin @ self.lora_b)).astype(x.dtype)
+            return mx.addmm(self.linear(x), thin, self.lora_b, alpha=self.scale)
+        return self.linear(x) + (self.scale * (thin @ self.lora_b)).astype(x.dtype)
 
     def fuse(self) -> nn.Linear:
         """A new linear layer with the product added to a copy of the weights; the sum is taken in float32.
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
         Of a quantised layer the copy is unpacked and stays so, in float32: packed again it would lose of the product.
         """
         width_out, width_in = linear_shape(self.linear)
-        delta = self._scale * (self.lora_a @ self.lora_b).T  # (out, in)
+        delta = self.scale * (self.lora_a @ self.lora_b).T  # (out, in)
         fused = nn.Linear(width_in, width_out, bias="bias" in self.linear)
         fused.weight = dense_weight(self.linear) + delta
         if isinstance(self.linear, nn.Linear):
@@ -110,9 +110,11 @@ def attach(model: BaseModel, config: LoRAConfig, key: mx.array) -> list[str]:
 def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float, dropout: float = 0.0) -> None:
     """Put an existing adapter on the model, replacing the attached one. Arrays are cast to float32.
 
-    Raises DamagedFileError listing every array that fits no layer, has no partner or has the wrong shape; the model
-    is then left bare.
+    An adapter of the same layers changes places with the attached one in a few milliseconds. Raises DamagedFileError
+    listing every array that fits no layer, has no partner or has the wrong shape; the model is then left bare.
     """
+    if _exchange(lora_layers(model), arrays, scale, dropout):
+        return
     detach(model)
     modules: dict[str, Any] = dict(model.named_modules())
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
@@ -122,27 +124,32 @@ def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float
         raise DamagedFileError(f"the adapter does not fit the model: {'; '.join(wrong) or 'it holds no arrays'}")
     swapped = []
     for path in paths:
-        a, b = (arrays[f"{path}.{name}"].astype(mx.float32) for name in ("lora_a", "lora_b"))
+        a, b = (_float32(arrays[f"{path}.{name}"]) for name in ("lora_a", "lora_b"))
         swapped.append((path, LoRALinear(modules[path], a, b, scale, dropout)))
     _swap(model, swapped)
 
 
-def detach(model: BaseModel) -> None:
-    """Take the adapter off; the base's modules and arrays are those from before, untouched."""
-    wrapped = [(path, module.linear) for path, module in lora_layers(model)]
-    if wrapped:
-        model.update_modules(tree_unflatten(wrapped))
+def detach(model: BaseModel) -> list[tuple[str, LoRALinear]]:
+    """Take the adapter off, and return its layers; the base's modules and arrays are those from before, untouched."""
+    layers = lora_layers(model)
+    if layers:
+        model.update_modules(tree_unflatten([(path, layer.linear) for path, layer in layers]))
+    return layers
+
+
+def put_back(model: BaseModel, layers: list[tuple[str, LoRALinear]]) -> None:
+    """Attach layers that `detach` took off this model, as they were; making new ones takes ten times as long."""
+    model.update_modules(tree_unflatten(layers))
 
 
 @contextlib.contextmanager
 def bare(model: BaseModel) -> Iterator[None]:
     """The base without its adapter for the block; afterwards the same adapter is attached again."""
-    layers = lora_layers(model)
-    model.update_modules(tree_unflatten([(path, layer.linear) for path, layer in layers]))
+    layers = detach(model)
     try:
         yield
     finally:
-        model.update_modules(tree_unflatten(layers))
+        put_back(model, layers)
 
 
 def fuse(model: BaseModel) -> None:
@@ -154,7 +161,37 @@ def fuse(model: BaseModel) -> None:
 
 def lora_layers(model: BaseModel) -> list[tuple[str, LoRALinear]]:
     """The adapted layers with their paths."""
+    if isinstance(model, nn.Module):
+        return list(_adapted(model, ""))
     return [(path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def _adapted(tree: Any, path: str) -> Iterator[tuple[str, LoRALinear]]:
+    """The adapted layers below a module, a tenth of the time of going through named_modules."""
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, LoRALinear):
+            yield f"{path}{name}", value
+        elif isinstance(value, dict | list):
+            yield from _adapted(value, f"{path}{name}.")
+
+
+def _exchange(
+    layers: list[tuple[str, LoRALinear]], arrays: Mapping[str, mx.array], scale: float, dropout: float
+) -> bool:
+    """Give attached layers other arrays and another scale, where they are of the same layers; else change nothing."""
+    if not layers or len(arrays) != 2 * len(layers):
+        return False
+    for path, layer in layers:
+        a, b = arrays.get(f"{path}.lora_a"), arrays.get(f"{path}.lora_b")
+        if a is None or b is None or layer.rate != dropout:
+            return False
+        if a.shape != layer["lora_a"].shape or b.shape != layer["lora_b"].shape:
+            return False
+    for path, layer in layers:
+        for name in ("lora_a", "lora_b"):
+            layer[name] = _float32(arrays[f"{path}.{name}"])
+        layer.scale = scale
+    return True
 
 
 def adapter_arrays(model: BaseModel) -> Arrays:
@@ -175,6 +212,11 @@ def _swap(model: BaseModel, layers: list[tuple[str, LoRALinear]]) -> None:
     model.update_modules(tree_unflatten(layers))
     for _, layer in layers:
         layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+
+
+def _float32(array: mx.array) -> mx.array:
+    """The very same array where it is float32 already, so that an adapter put back on is known as the same."""
+    return array if array.dtype == mx.float32 else array.astype(mx.float32)
 
 
 def _misfits(path: str, module: Any, arrays: Mapping[str, mx.array]) -> list[str]:

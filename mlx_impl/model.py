@@ -56,9 +56,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.num_kv_heads * width, bias=bias)
         self.o_proj = nn.Linear(config.num_query_heads * width, config.d_model, bias=bias)
         self._heads, self._kv_heads, self._width = config.num_query_heads, config.num_kv_heads, width
-        self._scale = width**-0.5
+        self.scale = width**-0.5
         plain = config.rope_scaling is None
-        self._rope = partial(
+        self.rope = partial(
             mx.fast.rope,
             dims=width,
             traditional=False,
@@ -74,10 +74,10 @@ class Attention(nn.Module):
         k = self.k_proj(x).reshape(B, T, self._kv_heads, self._width).swapaxes(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).reshape(B, T, self._kv_heads, self._width).swapaxes(1, 2)
         offset = cache.offset if cache is not None else 0
-        q, k = self._rope(q, offset=offset), self._rope(k, offset=offset)
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, d)
-        out = kernels.attention(q, k, v, self._scale, mask)
+        out = kernels.attention(q, k, v, self.scale, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -136,6 +136,8 @@ class ContinualLLM(nn.Module):
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._config = config
         self._checkpointing = False
+        self.reader: Any = None
+        """What `decoder.opened` made of it, for generation."""
         self.update(_initial(self.parameters(), config, mx.random.key(seed)))
         self.eval()
 

@@ -69,7 +69,7 @@ class Scripted:
 
     def make_cache(self, window: int | None = None) -> list[SimpleNamespace]:
         """A counter in place of keys and values."""
-        return [SimpleNamespace(offset=0)]
+        return [SimpleNamespace(offset=0, state=())]
 
     def hidden(self, tokens: mx.array, cache: list[SimpleNamespace]) -> mx.array:
         """Advances the cache; the hidden states are never looked at."""
