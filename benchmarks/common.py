@@ -14,24 +14,30 @@ RESULTS = Path(__file__).parent / "results"
 
 def record(name: str, figures: dict[str, Any], module: str | None = None) -> Path:
     """Write `results/NAME.json` and print it; returns its path. `module` measured it, where it has another name."""
+    command = " ".join(["python", "-m", f"benchmarks.{module or name}", *map(portable, sys.argv[1:])])
+    path = RESULTS / f"{name}.json"
+    files.write_json(path, stamped(name, command, figures))
+    print(json.dumps(figures, indent=2))
+    print(f"written to {path}", file=sys.stderr)
+    return path
+
+
+def stamped(name: str, command: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures with what made them: date, command, commit, machine and versions."""
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python", "-m", f"benchmarks.{module or name}", *map(_portable, sys.argv[1:])]),
+        "command": command,
         "commit": commit(),
         "machine": device.describe(),
         **figures,
     }
     if result["machine"]["blas"]:
         result["machine"]["blas"] = Path(result["machine"]["blas"]).name
-    path = RESULTS / f"{name}.json"
-    files.write_json(path, result)
-    print(json.dumps(figures, indent=2))
-    print(f"written to {path}", file=sys.stderr)
-    return path
+    return result
 
 
-def _portable(argument: str) -> str:
+def portable(argument: str) -> str:
     """An argument without the folders of this machine in it."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 

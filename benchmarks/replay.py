@@ -88,7 +88,7 @@ def timed(call: Callable[[ReplayBuffer, int], None], buffers: dict[int, ReplayBu
         **{
             str(size): {"median": float(q[1]), "quartiles": [float(q[0]), float(q[2])]} for size, q in quartiles.items()
         },
-        "million_to_thousand": float(quartiles[SIZES[-1]][1] / quartiles[SIZES[0]][1]),
+        "million_to_thousand": float(quartiles[max(quartiles)][1] / quartiles[min(quartiles)][1]),
     }
 
 

@@ -70,6 +70,35 @@ def plot_forgetting(records: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
+def plot_panels(panels: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], path: Path) -> None:
+    """Small panels of curves, each (title, unit of y, points), y from zero, x by decades where it spans any.
+
+    Two in a row, in their order.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(WIDTH, 1.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes, (title, unit, points) in zip(grid, panels, strict=False):
+        axes.plot(*zip(*points, strict=True), "o-", color="#1f4e8c", markersize=3.5, linewidth=1.4)
+        xs, ys = zip(*points, strict=True)
+        if min(xs) > 0 and max(xs) >= 10 * min(xs):
+            axes.set_xscale("log")
+        axes.set_ylim(0, 1.15 * max(ys) or 1.0)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_ylabel(unit, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    with files.atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
 Row = tuple[str, list[float], int, float]
 """Label, ppl_forget after each stage from 1 (NaN where there is none), the lesson's own column, what it did there."""
 

@@ -50,7 +50,7 @@ def _rotate(x: Tensor, periods: Tensor, offset: int) -> Tensor:
     """
     positions = torch.arange(offset, offset + x.shape[2], dtype=torch.float64)
     angles = positions[:, None] / periods  # (T, d/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angles.cos().to(x), angles.sin().to(x)  # x's device too: not every one has float64
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -187,7 +187,7 @@ class ContinualLLM(nn.Module):
         `mask` (T, T), True where a key may be seen, replaces the causal one.
         """
         if mask is None:
-            mask = _causal_mask(tokens.shape[1], cache[0].offset if cache else 0)
+            mask = _causal_mask(tokens.shape[1], cache[0].offset if cache else 0).to(tokens.device)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         for index, layer in enumerate(self.model.layers):
             x = layer(x, mask, cache[index] if cache else None)

@@ -1,0 +1,178 @@
+"""Seconds to a held-out loss: one of our lessons with its defaults, beside mlx_lm.lora with its learning rate tuned.
+
+Our lesson goes once over a text; the loss that it reaches on text of the same kind is the mark. mlx-lm's trainer gets
+the same documents and adapters of our rank in the same places, the best of `ROWS` and `RATES`, and goes on until it
+reaches the mark, at most `PATIENCE` times over the text. Seconds are those of the training steps on both sides:
+loading, measuring and saving are in neither. Settings that do not reach the mark are told.
+
+    minimac-mlx bench learn [--data DIR]
+"""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
+
+# isort: split
+import numpy as np
+
+from benchmarks import sides
+from benchmarks.harness import OURS, Options, beside, peers, row, spread
+from benchmarks.texts import Sources, folder_sources, lesson_texts, library_sources
+from mlx_impl.config import Budget, ContinualLearningConfig
+from mlx_impl.data import Tokens, tokens_of
+from mlx_impl.evaluate import evaluate
+from mlx_impl.hub import default_model
+from mlx_impl.learner import ContinualLearner
+from mlx_impl.readers import Document
+from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.windows import Windows, evaluation_windows
+
+TEXT = "medical"
+RATES = (1e-3, 2e-3, 4e-3)
+ROWS = (1, 4)
+"""What mlx-lm's settings are chosen from; 4 rows is its default."""
+
+PATIENCE = 2.0
+LOOKS = 12
+"""How often mlx-lm's loss is measured over one pass of the text; between two looks it is interpolated."""
+
+LONGEST = 512
+
+
+class Plan(NamedTuple):
+    """How much is learned, and what mlx-lm is tuned over."""
+
+    tokens: int
+    measured: int
+    rates: Sequence[float]
+    rows: Sequence[int]
+
+
+class Setup(NamedTuple):
+    """The model and the texts: what is taught, and what the loss is measured on."""
+
+    model: Path
+    taught: list[Document]
+    heldout: Tokens
+    config: ContinualLearningConfig
+
+
+class Ended(Exception):
+    """Ends mlx-lm's training."""
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Tune mlx-lm, then both sides in turn, each time with another seed."""
+    plan = Plan(256, 128, (1e-2,), (1,)) if options.quick else Plan(8192, 4096, RATES, ROWS)
+    model = options.model or default_model()
+    name, setup = prepared(options, model, plan)
+    mark, _ = lesson(setup, plan, seed=0)
+    options.say(f"{name}: our lesson reaches {mark:.4f} nats per token")
+    tried: dict[tuple[int, float], dict[str, Any]] = {}
+    for rows in plan.rows:
+        for rate in plan.rates:
+            best = min((took["seconds"] for took in tried.values() if took["reached"]), default=math.inf)
+            tried[rows, rate] = took = to_reach(setup, mark, rows, rate, seed=0, at_most=best)
+            options.say(f"mlx-lm, {rows} rows, {rate:g}: {took['loss']:.4f} after {took['seconds']:.1f} s")
+    rows, rate = min(tried, key=lambda key: (not tried[key]["reached"], *_rank(tried[key])))
+    seconds: dict[str, list[float]] = {OURS: [], "mlx-lm": []}
+    everything, marks, reached = [], [], 0
+    for seed in range(1, options.repetitions + 1):
+        mark, figures = lesson(setup, plan, seed)
+        theirs = to_reach(setup, mark, rows, rate, seed)
+        seconds[OURS].append(figures["training_seconds"])
+        seconds["mlx-lm"].append(theirs["seconds"])
+        everything.append(figures["seconds"])
+        marks.append(mark)
+        reached += theirs["reached"]
+    compared = beside(seconds, rates=False)
+    ratio = compared["times_better"]["mlx-lm"]["median"]
+    note = "" if reached == options.repetitions else f" (reached in {reached} of {options.repetitions} runs: at least)"
+    return {
+        "model": model.name,
+        "peers": peers("mlx-lm"),
+        "text": name,
+        "figures": [row(f"seconds to a loss on {name}, against mlx_lm.lora, tuned{note}", ratio, "times", 1.5)],
+        "tokens": plan.tokens,
+        "loss": spread(marks),
+        "seconds": compared,
+        "lesson_seconds": spread(everything),
+        "mlx_lm": {"rows": rows, "learning_rate": rate, "reached": reached},
+        "tuning": [{"rows": rows, "rate": rate, **took} for (rows, rate), took in tried.items()],
+    }
+
+
+def prepared(options: Options, model: Path, plan: Plan) -> tuple[str, Setup]:
+    """A name of the text, and what to teach of it; the loss is measured on other documents of the same source."""
+    tokenizer = Tokenizer.load(model)
+    sources: Sources = folder_sources(options.data) if options.data else library_sources()
+    name = TEXT if TEXT in sources else next(iter(sources))
+    taught, other = (found for _, found in lesson_texts({name: sources[name]}, tokenizer, 2, plan.tokens))
+    heldout = tokens_of(other, tokenizer)
+    heldout = Tokens(heldout.ids[: plan.measured], None, 1, 0)
+    return name, Setup(model, taught, heldout, ContinualLearningConfig(holdout=0.0))
+
+
+def lesson(setup: Setup, plan: Plan, seed: int) -> tuple[float, dict[str, Any]]:
+    """Held-out loss after one of our lessons with its defaults, and its figures."""
+    config = ContinualLearningConfig(holdout=0.0, seed=seed)
+    with tempfile.TemporaryDirectory() as store:
+        learner = ContinualLearner.from_checkpoint(setup.model, config, store)
+        windows = Windows(tokens_of(setup.taught, learner.tokenizer), learner.config.seq_len)
+        budget = Budget(steps=math.ceil(min(plan.tokens / learner.config.seq_len, len(windows)) / config.batch_size))
+        figures = learner.learn(setup.taught, "main", "bench", budget).as_json()
+        return loss(learner.model, setup.heldout), figures
+
+
+def to_reach(setup: Setup, mark: float, rows: int, rate: float, seed: int, at_most: float = math.inf) -> dict[str, Any]:
+    """Seconds of mlx-lm's steps until its held-out loss is `mark`, or all it took; its lowest loss; whether it was.
+
+    It is given up after `at_most` seconds: another setting needed no more.
+    """
+    tokenizer = Tokenizer.load(setup.model)
+    end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+    ids = [tokenizer.encode(document.text)[: LONGEST - 1] + end for document in setup.taught]
+    once = math.ceil(len(ids) / min(rows, len(ids)))
+    count, each = math.ceil(PATIENCE * once), max(1, once // LOOKS)
+    network = sides.peer_model(setup.model, ContinualLearningConfig(seed=seed))
+    seen = [(0.0, loss(network, setup.heldout))]
+    total, reached = 0.0, False
+
+    def look(step: int, seconds: float) -> None:
+        nonlocal total, reached
+        total += seconds
+        if step % each and step != count:
+            return
+        seen.append((total, loss(network, setup.heldout)))
+        network.train()
+        reached = seen[-1][1] <= mark
+        if reached or total > at_most:
+            raise Ended
+
+    with contextlib.suppress(Ended):
+        sides.train_peer(network, sides.peer_batches(ids, rows, LONGEST, count, seed), count, rate, look)
+    lowest = min(found for _, found in seen)
+    return {"seconds": crossing(seen, mark) if reached else total, "loss": lowest, "reached": reached}
+
+
+def crossing(seen: Sequence[tuple[float, float]], mark: float) -> float:
+    """Seconds at which the line through the last two looks (seconds, loss) falls to `mark`."""
+    (before, high), (after, low) = seen[-2:]
+    return after if high <= low else before + (after - before) * (high - mark) / (high - low)
+
+
+def _rank(took: dict[str, Any]) -> tuple[float, float]:
+    """Less is better: seconds where the mark was reached, the lowest loss where it was not."""
+    return (took["seconds"], 0.0) if took["reached"] else (took["loss"], 0.0)
+
+
+def loss(model: Any, text: Tokens) -> float:
+    """Nats per token of held-out text, in windows of 256."""
+    length = min(256, len(text) - 1)
+    measured: float = evaluate(model, evaluation_windows(text, length, length, 4)).loss
+    return measured if np.isfinite(measured) else math.inf
