@@ -4,6 +4,7 @@ Configuration, names and shapes are checked when a model is read; its tensors co
 names, when somebody asks for them. `state_dict` has the readers of bare weights, `detect` tells the formats apart.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from convert import spm_model
 from convert.gguf import read_gguf
 from convert.tokenizer import tokenizer_files
 from mlx_impl import modeldir
@@ -75,6 +77,7 @@ def from_folder(folder: Path) -> Model:
 
     Raises InputError or DamagedFileError; see `modeldir.checked_weights`.
     """
+    check_kind(read_json(folder / modeldir.CONFIG), f"{folder}", f"-m {folder}")
     config, quantization = modeldir.read_config(folder)
     infos = modeldir.checked_tensors(folder, config, quantization)
     dtypes = sorted({info.dtype for info in infos.values()})
@@ -89,8 +92,18 @@ def from_folder(folder: Path) -> Model:
         dtypes[0] if len(dtypes) == 1 else "float32",
         f"a model directory in Hugging Face's layout: {described(config)}, {stored}{shards}",
         {"folder": folder.resolve().name},
-        notes=(f"its weights were {stored}, and are unpacked to float32",) if quantization is not None else (),
+        notes=(f"its weights were {stored}, and come out unpacked",) if quantization is not None else (),
     )
+
+
+def check_kind(config: Mapping[str, Any], where: str, usable: str) -> None:
+    """InputError for the config.json of another architecture; `usable` says how such a model is named to commands."""
+    kind = config.get("model_type", "llama")
+    if isinstance(kind, str) and kind != "llama":
+        raise InputError(
+            f"{where}: model_type is {kind!r:.60}, only 'llama' is read here; if mlx-lm knows it, learn, generate, "
+            f"chat and eval take it as it is ({usable}), and `convert --quantize 4` packs it"
+        )
 
 
 def from_gguf(path: Path) -> Model:
@@ -109,7 +122,10 @@ def from_gguf(path: Path) -> Model:
 
 
 def read_tokenizer(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a folder as they are; the JSON among them must be JSON and name no code."""
+    """The tokenizer's files in a folder as they are; the JSON among them must be JSON and name no code.
+
+    Of a bare tokenizer.model a tokenizer.json is made, where one can give the same ids (see `spm_model`).
+    """
     found: dict[str, bytes] = {}
     for path in (folder / name for name in TOKENIZER_FILES):
         if not path.is_file():
@@ -119,4 +135,7 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
         if path.suffix == ".json" and read_json(path).get("auto_map"):
             raise InputError(f"{path}: auto_map names code to be run, which is never done; remove it")
         found[path.name] = path.read_bytes()
+    if spm_model.NAME in found and "tokenizer.json" not in found:
+        with contextlib.suppress(InputError):
+            found |= spm_model.tokenizer_files(found, str(folder / spm_model.NAME))
     return found

@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from convert import spm
+from convert import spm, spm_model
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError, printable
 
@@ -193,6 +193,8 @@ def gguf_metadata(files: Mapping[str, str | bytes], config: ModelConfig, where: 
     llama.cpp has no name for, DamagedFileError for files that are not what they should be.
     """
     if "tokenizer.json" not in files:
+        if spm_model.NAME in files:
+            spm_model.tokenizer_files(files, where)  # raises: else it would have been made
         raise InputError(
             f"{where}: no tokenizer.json, which a GGUF file holds; --tokenizer DIR names a folder with one"
         )

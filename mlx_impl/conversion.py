@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert import gguf_writer, state_dict
+from convert import gguf_writer, spm_model, state_dict
 from convert.detect import ENDINGS, read_model
 from convert.model import Model, TokenizerFiles, generation_config, read_tokenizer
 from convert.original_tokenizer import is_tokenizer_folder, tokenizer_files
@@ -101,7 +101,9 @@ def format_of(target: Path, to: str | None = None) -> str:
 def _notes(model: Model, source: Path, to: str) -> list[str]:
     """What the target will not have, a sentence each."""
     notes = list(model.notes)
-    if to == "hf" and "tokenizer.json" not in model.tokenizer_files:
+    if to == "hf" and spm_model.NAME in model.tokenizer_files and "tokenizer.json" not in model.tokenizer_files:
+        notes.append(f"the tokenizer stays as it is: {_why_no_tokenizer_json(model.tokenizer_files)}")
+    elif to == "hf" and "tokenizer.json" not in model.tokenizer_files:
         notes.append("there is no tokenizer.json; --tokenizer DIR brings one, and text needs one")
     if to in ("torch", "original") and model.tokenizer_files:
         notes.append("the tokenizer is left out: this format holds weights alone")
@@ -111,9 +113,23 @@ def _notes(model: Model, source: Path, to: str) -> list[str]:
     if to.startswith("gguf") and len(ends) > 1:
         ids = listed([str(end) for end in sorted(ends)])
         notes.append(f"a text ends at any of the ids {ids}; GGUF keeps one, the tokenizer's own or else the first")
-    if (source / "learner" / "learner.sqlite").is_file():
-        notes.append(f"its lessons stay there; `minimac-mlx export NAME OUT --fuse -m {source}` takes one along")
-    return notes
+    return notes + lessons_stay(source)
+
+
+def lessons_stay(source: Path) -> list[str]:
+    """A note that what was learned on the source is not in the target, where there is anything."""
+    if not (source / "learner" / "learner.sqlite").is_file():
+        return []
+    return [f"its lessons stay there; `minimac-mlx export NAME OUT --fuse -m {source}` takes one along"]
+
+
+def _why_no_tokenizer_json(files: TokenizerFiles) -> str:
+    """What keeps a tokenizer.model from being written as tokenizer.json."""
+    try:
+        spm_model.tokenizer_files(files, spm_model.NAME)
+    except InputError as error:
+        return str(error)
+    raise AssertionError("`read_tokenizer` made one")
 
 
 def _with_tokenizer(model: Model, folder: Path) -> Model:
@@ -136,20 +152,24 @@ def tokenizer_in(folder: Path, context_length: int) -> TokenizerFiles:
     if is_tokenizer_folder(folder):
         return tokenizer_files(folder, context_length)
     files = read_tokenizer(folder)
-    if "tokenizer.json" not in files:
-        raise InputError(f"{folder}: no tokenizer.json")
+    if not {"tokenizer.json", spm_model.NAME} & files.keys():
+        raise InputError(f"{folder}: no tokenizer.json and no {spm_model.NAME}")
     return files
 
 
 def load_tokenizer(files: TokenizerFiles, where: Path) -> Tokenizer:
-    """The tokenizer that a model directory with these files would have; `where` names them in errors."""
+    """The tokenizer that a model directory with these files would have; `where` is their folder, named in errors."""
+    if "tokenizer.json" not in files:
+        return Tokenizer.load(where)
     settings = json.loads(_text(files, "tokenizer_config.json", where)) if "tokenizer_config.json" in files else None
     return Tokenizer(_text(files, "tokenizer.json", where), settings, f"{where}: tokenizer.json")
 
 
 def _check_tokenizer(files: TokenizerFiles, rows: int, where: Path) -> None:
     """InputError or DamagedFileError for a tokenizer that cannot be read or has more ids than the model has rows."""
-    if "tokenizer.json" in files:
+    if "tokenizer.json" not in files and spm_model.NAME in files:
+        Tokenizer.load(where).check_fits(rows)
+    elif "tokenizer.json" in files:
         Tokenizer(_text(files, "tokenizer.json", where), where=f"{where}: tokenizer.json").check_fits(rows)
 
 

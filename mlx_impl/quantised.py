@@ -4,7 +4,7 @@ An adapter learns on either: gradients pass through a packed layer and stop at i
 (Dettmers et al. 2023) is. Unpacking is exact in float32; packing again is not.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.files import atomic_folder, write_json
 from mlx_impl.packing import KEYS, Packing, Quantization
+from mlx_impl.packing import unpack as unpacked
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 """What an adapter can be put on."""
@@ -90,6 +91,26 @@ def unpack(parts: Mapping[str, mx.array], packing: Packing) -> mx.array:
     return mx.dequantize(parts["weight"], scales, biases, packing.group_size, packing.bits)
 
 
+def rounded(
+    tensors: Iterable[tuple[str, np.ndarray]], packing: Packing, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What `write_quantised` keeps of float32 tensors: (name, float32 array) with the values that its codes stand for.
+
+    Unpacked by numpy, not by MLX, so that one can be held against the other.
+    """
+    for name, array in tensors:
+        if _is_packed(array, packing):
+            parts = pack(array, packing, dtype)
+            scales, biases = (np.array(parts[kind].astype(mx.float32)) for kind in ("scales", "biases"))
+            yield name, unpacked(np.array(parts["weight"]), scales, biases, packing.bits)
+        else:
+            yield name, np.array(mx.array(array).astype(getattr(mx, dtype)).astype(mx.float32))
+
+
+def _is_packed(array: np.ndarray, packing: Packing) -> bool:
+    return array.ndim == 2 and array.shape[1] % packing.group_size == 0
+
+
 def write_quantised(
     target: Path,
     config: ModelConfig,
@@ -112,7 +133,7 @@ def write_quantised(
         if name in found:
             raise DamagedFileError(f"tensor {name} was given twice")
         found[name] = array.shape
-        if array.ndim == 2 and array.shape[1] % packing.group_size == 0:
+        if _is_packed(array, packing):
             path = name.removesuffix(".weight")
             arrays |= {f"{path}.{kind}": part for kind, part in pack(array, packing, dtype).items()}
         else:

@@ -22,6 +22,7 @@ import numpy as np
 from mlx_impl import files, modeldir
 from mlx_impl.database import Database
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
+from mlx_impl.tokenizer import tokenizer_file
 
 _COLUMNS = "domain, number, parent, depth, source, created, config, figures, files"
 _DATABASE = "learner.sqlite"
@@ -453,7 +454,7 @@ def _drop_unused_windows(db: sqlite3.Connection, domain: str) -> None:
 
 def open_store(model: Path, folder: Path | None = None) -> Store:
     """The lessons of a model directory, kept in `folder` or in the directory's `learner`."""
-    return Store(folder or model / "learner", modeldir.identity(model), files.sha256(model / "tokenizer.json"))
+    return Store(folder or model / "learner", modeldir.identity(model), files.sha256(tokenizer_file(model)))
 
 
 def version_name(number: int) -> str:

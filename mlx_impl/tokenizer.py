@@ -1,7 +1,8 @@
 """Text to token ids and back, one class for our own tokenizers and for those of Hugging Face directories.
 
-Our own are SentencePiece BPE with byte fallback, trained by `tokenizer_train`; others are read from
-tokenizer.json by the `tokenizers` library (BPE, byte-level or with byte fallback: what Llama models have).
+Our own are SentencePiece BPE with byte fallback, trained by `tokenizer_train`; others are read from tokenizer.json by
+the `tokenizers` library (BPE, byte-level or with byte fallback: what Llama models have), or where there is none from
+the tokenizer.model of older ones by SentencePiece itself.
 Unusual: decoding is ours for both, a table of each id's bytes, so that streamed text is exactly the decoded
 one; and text never turns into special tokens, only a chat template writes those.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert import spm_model
 from mlx_impl import files, tokenizer_chat, tokenizer_train
 from mlx_impl.errors import DamagedFileError, InputError, printable, shown
 from mlx_impl.tokenizer_train import SPACE, check_encodable
@@ -33,13 +35,22 @@ class Tokenizer:
     of a special token is plain text, in `encode` always and in `encode_chat` wherever a message has it.
     """
 
-    def __init__(self, text: str, config: Mapping[str, Any] | None = None, where: str = "tokenizer.json") -> None:
-        """From the text of tokenizer.json and the content of tokenizer_config.json; errors name `where`."""
+    def __init__(
+        self,
+        text: str,
+        config: Mapping[str, Any] | None = None,
+        where: str = "tokenizer.json",
+        model: spm_model.SentencePieceModel | None = None,
+    ) -> None:
+        """From the text of tokenizer.json and the content of tokenizer_config.json; errors name `where`.
+
+        With `model`, which then encodes, the text may lack merges; see `SentencePieceModel.described`.
+        """
         state = _parsed(text, where)
-        self._text = text
+        self._text = text if model is None else None
         self._config = dict(config or {})
         self._named = _named_tokens(self._config)
-        self._model = tokenizer_train.sentencepiece_model(state)
+        self._model = tokenizer_train.sentencepiece_model(state) if model is None else model.file
 
         ids = {
             **state["model"]["vocab"],
@@ -49,14 +60,16 @@ class Tokenizer:
         self._specials = {t["content"]: t for t in state["added_tokens"] if t["special"]}
         self._special_pattern = _special_pattern(self._specials.values())
         framed: list[int] = []
-        if self._model is None:
-            self._encode, self._encode_later, framed = _tokenizers_encoders(state, where)
+        if model is not None:
+            self._encode, self._encode_later = (_sentencepiece_encoder(m, where) for m in (model.first, model.later))
+        elif self._model is None:
+            self._encode, self._encode_later, framed = _tokenizers_encoders(state, self._config, where)
         else:
             self._encode = self._encode_later = _sentencepiece_encoder(self._model, where)
         self._bytes, self._drops_first_space = _byte_table(state, where)
 
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
-        """Hex sha256 of tokenizer.json, the file that fixes the ids of a text."""
+        self.digest = hashlib.sha256(text.encode() + (b"" if model is None else model.first)).hexdigest()
+        """Hex sha256 of tokenizer.json, the file that fixes the ids of a text, or of all that is read in its place."""
         self.vocab_size = len(self._bytes)
         """One more than the highest id; a model needs at least so many rows, and never samples beyond."""
         self.special_ids = frozenset(token["id"] for token in self._specials.values())
@@ -91,26 +104,28 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
-        """Read a directory with tokenizer.json and, where there are, the files that go with it.
+        """Read a directory with tokenizer.json, else a tokenizer.model, and where there are the files that go with it.
 
-        InputError: no tokenizer.json, or a kind of tokenizer that is not supported. DamagedFileError: a file
+        InputError: neither is there, or a kind of tokenizer that is not supported. DamagedFileError: a file
         that is not what it should be, or our tokenizer.json beside a tokenizer.model that disagrees with it.
         """
         directory = Path(directory).expanduser()
-        path, beside = directory / "tokenizer.json", directory / "tokenizer.model"
-        if not path.is_file():
-            raise InputError(
-                f"{directory}: no tokenizer.json there; name a model directory or one written by `tokenizer`"
-            )
+        path, beside = tokenizer_file(directory), directory / spm_model.NAME
         config = _optional_json(directory / "tokenizer_config.json")
         if config.get("auto_map"):
             raise InputError(
                 f"{directory / 'tokenizer_config.json'}: auto_map names code to be run, which is never done"
             )
         template = _chat_template(directory, config)
+        model = None
+        if path == beside:
+            model = spm_model.read(_read_bytes(path, _LARGEST_FILE), spm_model.read_beside(directory), str(path))
+            config, text = model.config, json.dumps(model.described())
+        else:
+            text = _read_text(path, _LARGEST_FILE)
         if template is not None:
             config["chat_template"] = template
-        tokenizer = cls(_read_text(path, _LARGEST_FILE), config, str(path))
+        tokenizer = cls(text, config, str(path), model)
         if tokenizer._model is not None and beside.exists() and not _holds(beside, tokenizer._model):
             raise DamagedFileError(f"{beside}: does not agree with tokenizer.json beside it; train or copy both again")
         more = _optional_json(directory / "generation_config.json").get("eos_token_id")
@@ -122,10 +137,14 @@ class Tokenizer:
     from_pretrained = load
 
     def save(self, directory: Path | str) -> None:
-        """Write tokenizer.json, tokenizer_config.json (chat template in it) and, if ours, tokenizer.model."""
+        """Write tokenizer.json, tokenizer_config.json (chat template in it) and, if ours, tokenizer.model.
+
+        One that was read from a tokenizer.model alone is written so again.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_text(directory / "tokenizer.json", self._text)
+        if self._text is not None:
+            files.write_text(directory / "tokenizer.json", self._text)
         files.write_json(directory / "tokenizer_config.json", self._config)
         if self._model is not None:
             with files.atomic_file(directory / "tokenizer.model") as temporary:
@@ -194,6 +213,17 @@ class Tokenizer:
 BPETokenizer = Tokenizer
 
 
+def tokenizer_file(directory: Path) -> Path:
+    """The file that fixes the ids of a text: tokenizer.json, else tokenizer.model. InputError where neither is."""
+    for path in (directory / "tokenizer.json", directory / spm_model.NAME):
+        if path.is_file():
+            return path
+    raise InputError(
+        f"{directory}: no tokenizer.json there, and no {spm_model.NAME}; name a model directory or one written by "
+        "`tokenizer`"
+    )
+
+
 class Detokenizer:
     """Turns ids into text: `add` for each, then `finish`; put together, `decode(ids, skip_special=True)`.
 
@@ -233,7 +263,7 @@ def _sentencepiece_encoder(model: bytes, where: str) -> Callable[[str], list[int
 
 
 def _tokenizers_encoders(
-    state: dict[str, Any], where: str
+    state: dict[str, Any], config: Mapping[str, Any], where: str
 ) -> tuple[Callable[[str], list[int]], Callable[[str], list[int]], list[int]]:
     """Encoders for the beginning of a text and for what follows a special token; "a" with all that is put round it."""
     from tokenizers import Tokenizer as Library
@@ -257,8 +287,13 @@ def _tokenizers_encoders(
     whole = read(text)
     first = encoder(whole)
     # Metaspace with this scheme puts a space before the beginning of a text only.
-    inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text) if '"prepend_scheme": "first"' in text else None
-    return first, encoder(read(inner)) if inner else first, list(whole.encode("a").ids)
+    inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text)
+    if config.get("legacy") is False and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        inner = inner.replace(_PREPENDED, "")  # so does transformers' class with this setting
+    return first, encoder(read(inner)) if inner != text else first, list(whole.encode("a").ids)
+
+
+_PREPENDED = json.dumps({"type": "Prepend", "prepend": SPACE}, ensure_ascii=False) + ", "
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
@@ -382,12 +417,16 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return files.read_json(path) if path.exists() else {}
 
 
-def _read_text(path: Path, limit: int) -> str:
-    """A file's text as it stands, line ends included."""
+def _read_bytes(path: Path, limit: int) -> bytes:
     if path.stat().st_size > limit:
         raise DamagedFileError(f"{path}: {path.stat().st_size:,} bytes, at most {limit:,} expected of this file")
+    return path.read_bytes()
+
+
+def _read_text(path: Path, limit: int) -> str:
+    """A file's text as it stands, line ends included."""
     try:
-        return path.read_bytes().decode()
+        return _read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path}: not UTF-8 ({error})") from None
 

@@ -215,6 +215,54 @@ def pieces_changed(data: bytes, draw: Random) -> bytes:
     return json.dumps(tokenizer_json(specials, characters, merges)).encode()
 
 
+def sentencepiece_changed(data: bytes, draw: Random) -> bytes:
+    """A tokenizer.model whose pieces, scores, kinds or settings are others, in sound messages; or damaged as bytes."""
+    from mlx_impl.tokenizer_train import _field
+
+    if draw.random() < 0.3:
+        return bytes_changed(data, draw)
+    fields = messages(data)
+    for _ in range(draw.choice((1, 2, 20))):
+        at = draw.choice((draw.randrange(len(fields)), len(fields) - 1, len(fields) - 2))
+        number, content = fields[at]
+        text = draw.choice((*TEXTS, chr(draw.randrange(0xD7FF)), "▁" * draw.randrange(1, 300))).encode(
+            "utf-8", "replace"
+        )
+        value = draw.choice(
+            (*(n % 2**64 for n in INTEGERS), text, float(draw.choice((0, 1, -1e30, math.inf, math.nan))))
+        )
+        match draw.choice(("add", "add", "bytes", "remove", "copy", "move")):
+            case "add":  # of a field given twice the last one counts
+                fields[at] = number, content + _field(draw.choice((1, 2, 3, 3, 4, 5, 24, 35, 40, 41, 46)), value)
+            case "bytes":
+                start = draw.randrange(max(1, len(content)))  # a part: the rules of a normaliser are long
+                part = bytes_changed(content[start : start + 200], draw)
+                fields[at] = number, content[:start] + part + content[start + 200 :]
+            case "remove" if len(fields) > 3:
+                del fields[at]
+            case "copy":
+                fields.insert(draw.randrange(len(fields)), fields[at])
+            case _:
+                fields[at] = draw.choice((1, 2, 3, 4, 5, 9)), content
+    return b"".join(_field(number, content) for number, content in fields)
+
+
+def messages(data: bytes) -> list[tuple[int, bytes]]:
+    """Field number and content of the messages that a message consists of."""
+    found, at = [], 0
+    while at < len(data):
+        number, size, shift = data[at] >> 3, 0, 0
+        while True:
+            at += 1
+            size |= (data[at] & 127) << shift
+            shift += 7
+            if data[at] < 128:
+                break
+        found.append((number, data[at + 1 : at + 1 + size]))
+        at += 1 + size
+    return found
+
+
 # -- .pt -----------------------------------------------------------------------------
 
 

@@ -318,6 +318,7 @@ def tokenizer_files(folder: Path) -> list[Subject]:
 
 
 def sentencepiece_files(folder: Path) -> list[Subject]:
+    import tiny_models
     from terminal import write_model
 
     from mlx_impl.conversion import convert
@@ -336,7 +337,26 @@ def sentencepiece_files(folder: Path) -> list[Subject]:
         finally:
             model.write_bytes(content)
 
+    bare = {}
+    for name, options in (("BPE", {}), ("normalising", {"normalization_rule_name": "nmt_nfkc"})):
+        bare[name] = tiny_models.write_hf(folder / name, tiny_models.weights(vocab=420))
+        (bare[name] / "tokenizer.json").unlink()
+        (bare[name] / "tokenizer.model").write_bytes(tiny_models.sentencepiece_model(**options))
     return [
+        Subject(
+            f"load, {name} alone",
+            path / "tokenizer.model",
+            mutations.sentencepiece_changed,
+            lambda path=path: tokenized(path),
+        )  # type: ignore[misc]
+        for name, path in bare.items()
+    ] + [
+        Subject(
+            "convert, alone",
+            bare["BPE"] / "tokenizer.model",
+            mutations.sentencepiece_changed,
+            lambda: converted(bare["BPE"], out),
+        ),
         Subject("load, pieces of a tokenizer.json", pieces, mutations.pieces_changed, alone),
         Subject("load, tokenizer.model", model, mutations.bytes_changed, lambda: tokenized(plain)),
         Subject("convert, GGUF", gguf, mutations.bytes_changed, lambda: converted(gguf, out)),

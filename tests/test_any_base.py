@@ -22,6 +22,7 @@ from terminal import isolate, run, tree
 
 from mlx_impl import foreigndir, lora
 from mlx_impl.adapters import read_adapter, read_fisher
+from mlx_impl.arrays import flatten
 from mlx_impl.base import linear_paths
 from mlx_impl.config import LORA_TARGETS, Budget
 from mlx_impl.errors import DamagedFileError, InputError
@@ -198,6 +199,58 @@ def test_the_commands_work(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         done = run(*command, *options, stdin=b"What is a value?\nAnd a list?\n")
         assert (done.code, done.out != "") == (0, True), done.err
     assert tree(base) == before
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_convert_packs_other_architectures_as_mlx_lm_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_lm.utils import load_model, quantize_model
+
+    isolate(monkeypatch, tmp_path / "home")
+    wide = {"hidden_size": 64, "head_dim": 16}
+    base, target = write_foreign(tmp_path / "base", kind, tokenizer(), **wide), tmp_path / "new" / "packed"
+    done = run("convert", base, target, "--quantize", "4", "--json")
+    assert (done.code, json.loads(done.out)["bits"]) == (0, 4), done.err
+    assert done.err == f"{base} is a model directory of another architecture, {kind}\n"
+    network, config = load_model(base)
+    network, config = quantize_model(network, config, 64, 4)
+    theirs, ours = flatten(network.parameters()), mx.load(str(target / "model.safetensors"))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]).item() for name in ours)
+    assert json.loads((target / "config.json").read_text())["quantization"] == config["quantization"]
+    assert (target / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    opened(target).learn_from_text(text(2), budget=BUDGET)
+    half = run("convert", base, tmp_path / "half", "--quantize", "8", "--dtype", "bf16", "--json", "--quiet")
+    assert (json.loads(half.out)["dtype"], half.err) == ("bfloat16", "")
+
+
+def test_what_cannot_be_done_with_other_architectures_says_what_can(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    before = tree(qwen)
+    whole = f"error: {qwen}: model_type is 'qwen2', only 'llama' is read here; if mlx-lm knows it, learn, generate, "
+    whole += f"chat and eval take it as it is (-m {qwen}), and `convert --quantize 4` packs it\n"
+    out = tmp_path / "out"
+    for arguments in (("pull", qwen), ("convert", qwen, out), ("convert", qwen, f"{out}.gguf")):
+        assert (done := run(*arguments)).code == 2
+        assert done.err == whole
+    narrow = write_foreign(tmp_path / "narrow", "qwen2", tokenizer(), intermediate_size=48)
+    for options, words in (
+        ((), "nothing to quantise: no row is a multiple of 64 long"),
+        (("--check",), "--check, --tokenizer and --config are for Llamas, this is a qwen2"),
+        (("--tokenizer", narrow), "--check, --tokenizer and --config are for Llamas, this is a qwen2"),
+    ):
+        done = run("convert", narrow, out, "--quantize", "4", *options)
+        assert (done.code, done.err.splitlines()[-1].endswith(words), done.out) == (2, True, "")
+    packed = tmp_path / "packed"
+    base = write_foreign(tmp_path / "base", "qwen2", tokenizer(), hidden_size=64, head_dim=16)
+    assert run("convert", base, packed, "--quantize", "4").code == 0
+    assert "exists already" in run("convert", base, packed, "--quantize", "4").err
+    assert "its weights are quantised already" in run("convert", packed, out, "--quantize", "8").err
+    assert not out.exists()
+    assert tree(qwen) == before
 
 
 def test_the_readme_names_what_is_tested() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from comparing import CONFIGS, assert_close, torch_model, weights, windows
 from terminal import isolate, run, tiny_tokenizer, tree, write_model
@@ -213,6 +214,60 @@ def test_a_tokenizer_travels_with_its_model_or_is_given(tmp_path: Path) -> None:
     record = convert(tmp_path / "bare" / "w.pt", tmp_path / "speaks", tokenizer=source)
     assert record["notes"] == []
     assert tree(tmp_path / "speaks")["tokenizer.json"] == before["tokenizer.json"]
+
+
+def test_a_bare_tokenizer_model_is_a_models_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in older Llama checkpoints: every command takes the directory, and what is written has a tokenizer.json."""
+    import sentencepiece
+
+    isolate(monkeypatch, tmp_path / "home")
+    base = tiny_models.write_hf(tmp_path / "base", tiny_models.weights(vocab=420))
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.model").write_bytes(tiny_models.sentencepiece_model())
+    words = "The class of numbers yields a lambda."
+    (tmp_path / "notes.txt").write_text(words)
+    ids = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model")).encode(words)
+    for command in (
+        ("generate", words, "--max-tokens", "2", "-m", base),
+        ("learn", "--text", words, "--steps", "2", "-m", base),
+        ("eval", tmp_path / "notes.txt", "-m", base),
+        ("convert", base, tmp_path / "copy", "--check"),
+        ("convert", base, tmp_path / "w.gguf"),
+        ("convert", base, tmp_path / "w.pt"),
+        ("convert", tmp_path / "w.pt", tmp_path / "joined", "--tokenizer", base),
+        ("convert", tmp_path / "w.gguf", tmp_path / "back"),
+        ("export", "main", tmp_path / "fused", "--fuse", "-m", base),
+        ("pull", base),
+        ("list", "-m", base),
+    ):
+        assert (done := run(*command)).code == 0, done.err
+    for folder in (*(tmp_path / name for name in ("copy", "joined", "back", "fused")), tmp_path / "home/models/base"):
+        assert (folder / "tokenizer.json").is_file()
+        assert Tokenizer.load(folder).encode(words) == ids
+    ours = Tokenizer.load(base)
+    ours.save(tmp_path / "saved")  # as `train --init` does
+    assert Tokenizer.load(tmp_path / "saved").digest == ours.digest
+
+
+def test_a_tokenizer_model_that_can_only_be_kept_is_kept(tmp_path: Path) -> None:
+    base = tiny_models.write_hf(tmp_path / "base", tiny_models.weights(vocab=420))
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.model").write_bytes(tiny_models.sentencepiece_model(remove_extra_whitespaces=True))
+    (note,) = convert(base, tmp_path / "copy")["notes"]
+    reason = "no tokenizer.json gives the same ids: it removes extra spaces before it splits a text"
+    assert note == f"the tokenizer stays as it is: tokenizer.model: {reason}"
+    assert Tokenizer.load(tmp_path / "copy").encode(" a  b ") == Tokenizer.load(base).encode("a b")
+    with pytest.raises(InputError, match=reason):
+        convert(base, tmp_path / "w.gguf")
+    (base / "tokenizer.model").write_bytes(b"tokens")
+    with pytest.raises(DamagedFileError, match=r"tokenizer\.model: no SentencePiece model"):
+        convert(base, tmp_path / "other")
+    small = tiny_models.write_hf(tmp_path / "small", tiny_models.weights(vocab=400))
+    (small / "tokenizer.json").unlink()
+    (small / "tokenizer.model").write_bytes(tiny_models.sentencepiece_model(remove_extra_whitespaces=True))
+    with pytest.raises(InputError, match="has 420 ids and the model only 400 rows"):
+        convert(small, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "copy", "small"]
 
 
 def test_what_a_target_does_not_hold_is_told(tmp_path: Path) -> None:

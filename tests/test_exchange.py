@@ -22,7 +22,7 @@ from terminal import isolate, run, tree
 import cli
 from convert.adapter import Adapter, to_gguf, to_peft
 from mlx_impl import exchange, modeldir
-from mlx_impl.config import ModelConfig
+from mlx_impl.config import Budget, ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.store import Store, open_store
@@ -241,6 +241,35 @@ def test_peft_computes_our_logits(base: Path, store: Store, tmp_path: Path, patt
     np.testing.assert_allclose(back, theirs, atol=1e-4)
 
 
+def test_what_was_learned_here_is_the_same_in_peft_and_mlx_lm(base: Path, tmp_path: Path) -> None:
+    """Logits within 1e-4, greedy text by mlx-lm's own command for it; the bare base would write something else."""
+    from mlx_lm import generate, load
+
+    learner = lessons.opened(base, tmp_path / "store")
+    learner.learn_from_text(lessons.text(0), budget=Budget(steps=12))
+    learner.set_adapter("main")
+    ours = np.array(learner.model(mx.array(TOKENS)))
+    prompt = lessons.text(1, 40)
+    written = learner.generate(prompt, max_length=16)
+    for to in ("peft", "mlx-lm"):
+        exchange.export_adapter(learner.store, "main", base, tmp_path / to, to)
+    model, tokenizer = load(str(base), adapter_path=str(tmp_path / "mlx-lm"))
+    np.testing.assert_allclose(np.array(model(mx.array(TOKENS))), ours, atol=1e-4)
+    assert generate(model, tokenizer, prompt, max_tokens=16) == written
+    learner.set_adapter(None)
+    assert learner.generate(prompt, max_length=16) != written
+    assert np.abs(np.array(learner.model(mx.array(TOKENS))) - ours).max() > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # under this transformers
+        peft = pytest.importorskip("peft")
+        from transformers import LlamaForCausalLM
+
+        bare = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(bare, tmp_path / "peft").eval()
+        with torch.no_grad():
+            np.testing.assert_allclose(theirs(torch.tensor(TOKENS)).logits.numpy(), ours, atol=1e-4)
+
+
 def test_gguf_is_what_llama_cpp_asks_for(base: Path, store: Store, tmp_path: Path) -> None:
     arrays = adapter(base)
     exchange.import_adapter(store, "first", base, mlx_lm_folder(tmp_path / "given", arrays, scale=2.0))
@@ -287,9 +316,9 @@ def test_the_original_gets_its_own_names(base: Path, store: Store, tmp_path: Pat
 
 def test_the_original_projects_own_files(tmp_path: Path) -> None:
     """Its model, adapter and logits: the adapter taken in gives its logits. CONTRIBUTING says where the files go."""
-    seed = Path(os.environ.get("MINIMAC_ORIGINAL", ""))
+    seed = Path(os.environ.get("MINIMAC_SEED_CHECKPOINT", ""))
     if not (seed / "expected.npz").is_file():
-        pytest.skip("MINIMAC_ORIGINAL names no folder of the original's files")
+        pytest.skip("MINIMAC_SEED_CHECKPOINT names no folder of the original's files")
     saved = torch.load(seed / "model.pt", weights_only=True)
     c = saved["config"]
     config = ModelConfig(600, 64, 2, 4, 2, 160, 128, norm_eps=c["norm_eps"], rope_base=c["rope_base"])

@@ -320,7 +320,9 @@ def test_hub(home: Path, stand_in: StandInHub) -> None:
 
 def test_another_architecture_is_refused_before_its_weights_are_fetched(home: Path, stand_in: StandInHub) -> None:
     (stand_in.folder / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match=r"^a/b: config.json: model_type is 'qwen2'"):
+    with pytest.raises(
+        InputError, match=r"^a/b: config.json: model_type is 'qwen2'.*`hf download a/b --local-dir DIR`"
+    ):
         pull.pull("a/b", home)
     assert stand_in.allowed == ["config.json"]
 

@@ -6,6 +6,7 @@ as a GPU would have it and as a CPU does.
 
 import dataclasses
 import json
+import re
 import weakref
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from foreign_models import base_arrays, write_foreign
 from lessons import SETTINGS, text, tiny_tokenizer
 from terminal import isolate, run
 
+from convert.check import ENGLISH
 from mlx_impl import fusing, lora, modeldir, quantised
 from mlx_impl.config import Budget, ModelConfig
 from mlx_impl.conversion import convert
@@ -326,29 +328,81 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.code, "its weights are quantised and cannot be trained" in done.err) == (2, True)
 
 
+def dense_model(folder: Path, tied: bool = True) -> Path:
+    """What is packed here before it is."""
+    config, arrays = parts(tied)
+    tokenizer().save(folder / "tokenizer")
+    files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
+    return modeldir.write_model_directory(folder / "dense", config, arrays, files, {}, {})
+
+
 def test_convert_packs_and_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed by the command, read by mlx-lm, unpacked by the command: the same logits all the way."""
     from mlx_lm.utils import load_model
 
     isolate(monkeypatch, tmp_path / "home")
-    config, arrays = parts()
-    tokenizer().save(tmp_path / "tokenizer")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
-    modeldir.write_model_directory(tmp_path / "dense", config, arrays, files, {}, {})
-    done = run("convert", tmp_path / "dense", tmp_path / "packed", "--quantize", "8", "--json", "--quiet")
+    done = run("convert", dense_model(tmp_path), tmp_path / "packed", "--quantize", "8", "--json", "--quiet")
     assert (done.code, json.loads(done.out)["bits"]) == (0, 8), done.err
     done = run("convert", tmp_path / "packed", tmp_path / "again")
     assert (done.code, "quantised to 8 bits" in done.err) == (0, True)
     expected = ContinualLLM.from_checkpoint(tmp_path / "again")(some_tokens())
     assert_close("packed", load_model(tmp_path / "packed")[0](some_tokens()), expected, atol=1e-4)
     assert_close("dense", ContinualLLM.from_checkpoint(tmp_path / "dense")(some_tokens()), expected, atol=0.3)
-    done = run("convert", tmp_path / "dense", tmp_path / "other", "--quantize", "4", "--check")
-    assert (done.code, (tmp_path / "other").exists()) == (2, False)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [("4", "fp32"), ("8", "bf16"), ("4", "fp16")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_packed_is_checked_against_the_values_that_it_stands_for(
+    bits: str, dtype: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last digits; what the packing changed is told beside it, and is what numpy finds."""
+    isolate(monkeypatch, tmp_path / "home")
+    dense = dense_model(tmp_path, tied)
+    done = run("convert", dense, tmp_path / "packed", "--quantize", bits, "--dtype", dtype, "--check", "--json")
+    assert done.code == 0, done.err
+    checked = json.loads(done.out)["check"]
+    assert (checked["first"], checked["tokens"]) == (None, 32)
+    assert 0 < checked["difference"] <= checked["at_most"] < 1e-3
+    assert checked["quantising"]["on"] == "English"
+    tokens = mx.array([tokenizer().encode(ENGLISH)[:32]])
+    before, after = (nn.log_softmax(open_model(path)(tokens)) for path in (dense, tmp_path / "packed"))
+    expected = (mx.exp(before) * (before - after)).sum(-1).mean().item()
+    assert checked["quantising"]["kl"] == pytest.approx(expected, rel=1e-3)
+    assert (1e-3 if bits == "4" else 1e-6) < expected < 1
+    shown = run("convert", tmp_path / "packed", tmp_path / "again", "--quantize", bits, "--check").out
+    assert re.search(r"what quantising itself changed .*: \S+ nats per token, on 32 tokens of English$", shown.strip())
+
+
+def test_codes_that_stand_for_something_else_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    honest, spoiled = quantised.write_arrays, "model.layers.1.mlp.up_proj.scales"
+
+    def write(path: Path, arrays: dict[str, mx.array]) -> None:
+        honest(path, {name: array * 1.01 if name == spoiled else array for name, array in arrays.items()})
+
+    monkeypatch.setattr(quantised, "write_arrays", write)
+    done = run("convert", dense_model(tmp_path), tmp_path / "packed", "--quantize", "4", "--check", "--json")
+    assert (done.code, json.loads(done.out)["check"]["first"]) == (3, "model.layers.1.mlp.up_proj")
+
+
+def test_weights_alone_are_checked_on_random_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    convert(dense_model(tmp_path), tmp_path / "w.safetensors")
+    done = run("convert", tmp_path / "w.safetensors", tmp_path / "packed", "--quantize", "8", "--check", "--json")
+    assert (done.code, json.loads(done.out)["check"]["quantising"]["on"]) == (0, "random ids"), done.err
+
+
+@pytest.mark.parametrize("name", ["w.gguf", "w.pt"])
+def test_only_model_directories_are_packed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    done = run("convert", dense_model(tmp_path), tmp_path / name, "--quantize", "4")
+    assert (done.code, (tmp_path / name).exists()) == (2, False)
+    assert done.err.startswith("error: --quantize 4: packs model directories")
 
 
 def test_that_weights_are_unpacked_is_told(tmp_path: Path) -> None:
     base, said = written(tmp_path), list[str]()
-    told = "its weights were quantised to 4 bits, and are unpacked to float32"
+    told = "its weights were quantised to 4 bits, and come out unpacked"
     assert convert(base, tmp_path / "dense")["notes"] == [told]
     pull(str(base), tmp_path / "home", said.append)
     assert told in said

@@ -54,6 +54,22 @@ def tokenizer_json() -> str:
     return str(library.to_str())
 
 
+def sentencepiece_model(**options: Any) -> bytes:
+    """A tokenizer.model of 420 pieces as Llama's was trained, on CPython's own words; `options` are the trainer's."""
+    import io
+    from pydoc_data import topics
+
+    import sentencepiece
+
+    llama = {"model_type": "bpe", "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True}
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    lines = [line for name in ("lambda", "class", "numbers", "yield") for line in topics.topics[name].splitlines()]
+    content = io.BytesIO()
+    settings = {"vocab_size": 420, "num_threads": 1, **llama, **plain, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=content, **settings)
+    return content.getvalue()
+
+
 def weights(seed: int = 0, vocab: int | None = None) -> dict[str, np.ndarray]:
     """Float32 weights under HF names, tied."""
     rng = np.random.default_rng(seed)
