@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MLX_ENABLE_TF32 := 0
 
-.PHONY: help demo test soak lint format parity clean
+.PHONY: help demo test soak lint format parity bench clean
 
 help:
 	@echo "make demo     see everything once (pulls 93 MB, takes a few minutes)"
 	@echo "make test     the tests, under twelve minutes on two cores"
 	@echo "make soak     the longer ones too"
 	@echo "make lint     ruff and mypy"
+	@echo "make bench    speed and memory beside mlx-lm and PyTorch, into benchmarks/results; an hour or two on two cores"
 	@echo "make parity   SmolLM2 against transformers, figures into benchmarks/results"
 
 demo: $(VENV)/base
@@ -34,6 +35,12 @@ format: $(VENV)/lint
 parity: $(VENV)/test
 	$(BIN)/minimac-mlx pull
 	$(BIN)/python -m benchmarks.parity
+
+# BENCH_DATA=DIR: a folder of NAME/train.txt to train on, else Python's reference.
+bench: $(VENV)/test
+	$(BIN)/minimac-mlx pull
+	$(BIN)/minimac-mlx bench all --out benchmarks/results $(if $(BENCH_DATA),--data $(BENCH_DATA))
+	$(BIN)/python -m benchmarks.predictions
 
 clean:
 	rm -rf $(VENV) build *.egg-info

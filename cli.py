@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from benchmarks import BENCH, REPETITIONS
 from mlx_impl.config import LOSS_ON, PRESETS, REPLAY_TARGETS, Budget, ContinualLearningConfig, TrainConfig, help_of
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError, printable
 from mlx_impl.shell import FOLDER, common, emit, given, harmless, run, setting, show_version, write
@@ -195,6 +196,12 @@ def learn(
 @sampling(max_tokens=128)
 @click.option("--chat", is_flag=True, help="put the prompt into the model's chat template, as a user's message")
 @click.option("--window", type=int, help="keep this many tokens in the cache, so that memory stays bounded")
+@click.option(
+    "--prompt-cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="keep what was read in this file, for the next prompt that begins alike",
+)
 @common()
 def generate(
     prompt: str,
@@ -203,6 +210,7 @@ def generate(
     stop: tuple[str, ...],
     chat: bool,
     window: int | None,
+    prompt_cache: Path | None,
     model: Path | None,
     store: Path | None,
     as_json: bool,
@@ -217,11 +225,14 @@ def generate(
       minimac-mlx generate --chat "Explain photosynthesis to a child."
       minimac-mlx generate "The patient" --domain medical
     """
+    from mlx_impl.cache import PromptCache
     from mlx_impl.console import Reporter, choice_text, context_text
     from mlx_impl.generate import Sampling, complete, prompt_ids
     from mlx_impl.learner import ContinualLearner
 
     settings = Sampling(**sampling)
+    if prompt_cache is not None and window is not None:
+        raise InputError("--prompt-cache keeps every token and --window does not: give one of them")
     prompt = _stdin() if prompt == "-" else prompt
     learner = ContinualLearner.from_checkpoint(_model(model), store=store)
     tokenizer = learner.tokenizer
@@ -236,7 +247,13 @@ def generate(
         Reporter(quiet).say(context_text(len(ids), max_tokens, context))
     shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
     on_text = (lambda piece: None) if as_json else (lambda piece: write(shown(piece)))
-    result = complete(learner.model, tokenizer, ids, max_tokens, settings, stop, window, on_text)
+    kept = PromptCache.load(prompt_cache) if prompt_cache and prompt_cache.exists() else PromptCache()
+    owner = learner.weights_id()
+    cache = kept.take(ids, owner) or learner.model.make_cache(window)
+    result = complete(learner.model, tokenizer, ids, max_tokens, settings, stop, window, on_text, cache)
+    if prompt_cache is not None and ids:
+        kept.put([*ids, *result.tokens], owner, cache)
+        kept.save(prompt_cache)
     record = {
         "text": result.text,
         "tokens": len(result.tokens),
@@ -601,7 +618,11 @@ def import_adapter(
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="how to store hf, torch and original  [default: as SRC; fp32 for .pt, .gguf and quantised ones]",
 )
-@click.option("--quantize", type=click.Choice(["4", "8"]), help="pack hf to so many bits a weight, as mlx-lm does")
+@click.option(
+    "--quantize",
+    type=click.Choice(["4", "8"]),
+    help="pack hf to so many bits a weight, as mlx-lm does; of other architectures than Llama too",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="config.json of weights that have none beside them")
 @click.option("--tokenizer", type=FOLDER, help="take the tokenizer of this folder, where SRC has none or another")
 @click.option("--domain", help="what the adapter in the original's checkpoint folder becomes  [default: main]")
@@ -624,7 +645,8 @@ def convert(
 
     Read are model directories, GGUF files, state dicts of torch_ref and files of the original PyTorch project, these
     as .pt (PyTorch is needed) or .safetensors. Nothing is written if a tensor is unknown, missing or of the wrong
-    shape. --check ends with code 3 if the models differ by more than rounding does, and names the first module.
+    shape. --check ends with code 3 if the models differ by more than rounding does, and names the first module. With
+    --quantize it holds DST against what the rounded weights compute, and says what the rounding itself changed.
 
     A checkpoint folder of the original moves over whole: weights and tokenizer, and its adapter, replay buffer and EWC
     state as a domain that goes on learning. What became of each file is printed.
@@ -635,7 +657,7 @@ def convert(
                   minimac-mlx convert model.gguf my-model
                   minimac-mlx convert checkpoints/my_expert my-model --tokenizer tokenizers/mine
                   minimac-mlx convert my-model half --dtype fp16 --check
-                  minimac-mlx convert my-model small --quantize 4 --dtype bf16
+                  minimac-mlx convert my-model small --quantize 4 --dtype bf16 --check
       gguf-f16    for llama.cpp and Ollama, with the tokenizer; gguf-q8_0 is half as large
                   minimac-mlx convert my-model my-model.gguf
                   minimac-mlx convert my-model my-model.gguf --to gguf-q8_0
@@ -648,20 +670,20 @@ def convert(
     from mlx_impl.console import Reporter, conversion_text
     from mlx_impl.conversion import DTYPES, format_of
     from mlx_impl.conversion import convert as write_as
+    from mlx_impl.foreigndir import architecture
 
-    to, write_packed, moves = format_of(target, to), None, is_checkpoint_folder(source)
+    to, packing, write_packed, moves = format_of(target, to), None, None, is_checkpoint_folder(source)
+    kind = architecture(source)
     if moves and (to != "hf" or quantize is not None):
         raise InputError(f"{source}: a checkpoint folder becomes a model directory first; convert that")
     if quantize is not None:
         from mlx_impl.packing import Packing
         from mlx_impl.quantised import packed_writer
 
-        if check or to != "hf":
-            raise InputError(
-                f"--quantize {quantize}: makes a model directory of a model, which differs from it on purpose; leave "
-                "--check and other formats out"
-            )
-        write_packed = packed_writer(Packing(int(quantize)))
+        if to != "hf":
+            raise InputError(f"--quantize {quantize}: packs model directories; leave it out with --to {to}")
+        packing = Packing(int(quantize))
+        write_packed = packed_writer(packing)
     with Reporter(quiet) as reporter:
         if moves:
             from mlx_impl.moving import move_over
@@ -671,11 +693,21 @@ def convert(
             source = Path(record["weights"])
         elif domain is not None:
             raise InputError(f"--domain {domain}: only a checkpoint folder of the original becomes one")
+        elif kind is not None and packing is not None:
+            from mlx_impl.foreign import write_quantised
+
+            if check or tokenizer or config:
+                raise InputError(f"{source}: --check, --tokenizer and --config are for Llamas, this is a {kind}")
+            record = write_quantised(source, target, packing, DTYPES[dtype] if dtype else None, reporter.say)
         else:
             record = write_as(source, target, to, dtype, config, tokenizer, reporter.say, write_packed)
-            if quantize is not None:
-                record["bits"] = int(quantize)
-        if check:
+            if packing is not None:
+                record["bits"] = packing.bits
+        if check and packing is not None:
+            from mlx_impl.check import compare_packed
+
+            record["check"] = compare_packed(source, target, packing, record["dtype"], config)
+        elif check:
             record["check"] = _compared(source, target, config, record["dtype"])
     emit(as_json, record, conversion_text(record))
     if check and record["check"]["first"] is not None:
@@ -809,6 +841,49 @@ def train(
         )
     record = {"model": str(out), **dataclasses.asdict(progress)}
     emit(as_json, record, training_text(record))
+
+
+@cli.command(short_help="Measure speed and memory beside its peers.")
+@click.argument("name", type=click.Choice([*BENCH, "all"]))
+@click.option("--out", type=FOLDER, default="minimac-bench", show_default=True, help="folder for JSON and pictures")
+@click.option("--data", type=FOLDER, help="folder of NAME/train.txt to train on  [default: Python's reference]")
+@click.option(
+    "--repetitions", type=click.IntRange(1), default=REPETITIONS, show_default=True, help="of each measurement"
+)
+@click.option("--quick", is_flag=True, help="small sizes, to see that it works: no figures to keep")
+@click.option("--thorough", is_flag=True, help="what can be long is: 10,000 steps where else 2,000")
+@common(store=False)
+def bench(
+    name: str,
+    out: Path,
+    data: Path | None,
+    repetitions: int,
+    quick: bool,
+    thorough: bool,
+    model: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure this machine: warmed up, repeated, mlx-lm and PyTorch in the same run, a JSON file for each NAME.
+
+    \b
+      tokens   decoding and prefill              train    LoRA and full steps, memory
+      learn    seconds to a held-out loss        route    choosing among many domains
+      startup  to the first token                curves   how costs grow
+
+    \b
+    Examples:
+      minimac-mlx bench all
+      minimac-mlx bench tokens --quick
+    """
+    from benchmarks.bench import run as measured
+    from benchmarks.harness import Options
+    from mlx_impl.console import Reporter, bench_text
+
+    with Reporter(quiet) as reporter:
+        options = Options(_model(model), data, repetitions, quick, thorough, reporter.say)
+        records = [measured(one, options, out) for one in (BENCH if name == "all" else [name])]
+    emit(as_json, {"benchmarks": records}, "\n\n".join(map(bench_text, records)))
 
 
 @cli.command(short_help="Show how this machine is doing.")

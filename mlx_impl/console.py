@@ -374,6 +374,9 @@ def conversion_text(record: Event) -> str:
         far = "not finite" if check["difference"] is None else f"{check['difference']:.1e}"
         line = f"largest difference of the logits over {check['tokens']} tokens: {far}, at most {check['at_most']:.1e}"
         lines.append(line + (f" is allowed; first in {check['first']}" if check["first"] else " is allowed"))
+        if rounding := check.get("quantising"):
+            changed = f"{rounding['kl']:.2g} nats per token, on {check['tokens']} tokens of {rounding['on']}"
+            lines.append(f"what quantising itself changed in the predictions (mean KL divergence): {changed}")
     return "\n".join(lines)
 
 
@@ -425,6 +428,23 @@ def training_text(record: Event) -> str:
         f"{record['model']}: {record['step']:,} steps, {record['tokens']:,} tokens in {duration(record['seconds'])}, "
         f"loss {record['loss']:.3f}{best}\nthe curve is in {record['model']}/loss.png"
     )
+
+
+def bench_text(record: Event) -> str:
+    """The figures of one benchmark with their goals, where they were measured and where they lie."""
+    machine = record["machine"]
+    lines = [
+        f"{record['benchmark'].removeprefix('bench_')}: {record['model']} on {machine['chip']}, {machine['dtype']}"
+        + (", a quick run: these figures say nothing but that it works" if record["quick"] else "")
+    ]
+    for row in record["figures"]:
+        goal = "" if row["goal"] is None else f"{row['goal']}: {'met' if row['met'] else 'not met'}"
+        value = f"{_figure(row['value'], '.3g'):>9} {row['unit']:<5} {goal:<22} "
+        lines += textwrap.wrap(value + row["figure"], 100, initial_indent="  ", subsequent_indent=" " * 41)
+    absent = [f"{name} ({peer['absent']})" for name, peer in record.get("peers", {}).items() if "absent" in peer]
+    if absent:
+        lines.append(f"  not compared with {', '.join(absent)}")
+    return "\n".join([*lines, f"  written to {', '.join(record['written'])}"])
 
 
 def doctor_text(record: Event) -> str:

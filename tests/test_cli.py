@@ -400,6 +400,20 @@ def test_generate_reads_stdin_stops_and_chooses_a_domain(model: Path) -> None:
     assert (stopped["text"], stopped["finish"]) == (main["text"].partition(middle)[0], "stop")
 
 
+def test_a_prompt_cache_changes_nothing_but_the_time(model: Path, tmp_path: Path) -> None:
+    learned(model, "--domain", "keys")
+    kept, common = tmp_path / "kept", ("generate", "-m", model, "--temperature", "0", "--max-tokens", "5")
+    for prompt, domain in (("the key", "keys"), ("the key lies", "keys"), ("the key lies", "none")):
+        expected = as_json(*common, prompt, "--domain", domain)["text"]
+        found = as_json(*common, prompt, "--domain", domain, "--prompt-cache", kept)["text"]
+        assert (found, kept.exists()) == (expected, True)
+    done = run(*common, "x", "--prompt-cache", kept, "--window", "16")
+    assert (done.code, done.out) == (2, "")
+    assert "give one of them" in done.err
+    kept.write_bytes(b"x" * 100)
+    assert run(*common, "x", "--prompt-cache", kept).code == 3
+
+
 def test_generate_from_nothing_and_past_the_context(tmp_path: Path) -> None:
     model = write_model(tmp_path / "short", max_seq_len=16)
     greedy = ("generate", "-m", model, "--temperature", "0")
