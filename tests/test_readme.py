@@ -102,6 +102,14 @@ def test_the_formats_name_tests_that_exist() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     assert len(named) > 10
     assert named <= set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+    table = README.partition("\n## Formats\n")[2].partition("\n|---|")[2].partition("\n\n")[0]
+    rows = [row.strip("|").split("|") for row in table.splitlines()[1:]]
+    assert len(rows) >= 13
+    for name, read, write, by, tests in rows:
+        assert read.strip(), name
+        assert write.strip(), name
+        assert by.strip(), name
+        assert "`test_" in tests, name
 
 
 def test_gguf_gives_the_text_that_the_readme_says() -> None:
@@ -154,9 +162,12 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
     assert (
         f"perplexity of the worst text up by {worst(full, 'lora')}, full fine-tuning by {worst(full, 'full')}" in told
     )
-    assert f"by its tokens, with EWC, by {worst(full, 'tokens+ewc')}, a domain each by exactly nothing" in told
-    assert f"replay by predictions with EWC, ends with {worst(full, 'replay+ewc')}" in told
+    ours = full["replay+ewc"]
+    mean, gained = ours["ppl_forget_percent"]["mean"]["value"], ours["plasticity_percent"]
+    assert f"ends with {worst(full, 'replay+ewc')} of the worst and {mean:.1f} % in the mean" in told
+    assert f"{gained['mean']:.0f} % of what each text alone gives in the mean and {gained['worst']:.0f} %" in told
     assert f"one LoRA {worst(quick, 'lora')}, full fine-tuning {worst(quick, 'full')}" in told
+    assert f"replay without EWC {worst(quick, 'replay')}, " in told
     assert f"by default {worst(quick, 'replay+ewc')}, by tokens {worst(quick, 'tokens+ewc')}" in told
     assert quick["domains"]["bit_identical"] is full["domains"]["bit_identical"] is True
     routed = full["domains"]["routed"]
