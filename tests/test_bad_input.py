@@ -242,9 +242,14 @@ def cut(name: str, length: int) -> Callable[[Path], None]:
     return lambda model: written(name, (model / name).read_bytes()[:length])(model)
 
 
-def removed(name: str) -> Callable[[Path], None]:
-    """A file that is not there."""
-    return lambda model: (model / name).unlink()
+def removed(*names: str) -> Callable[[Path], None]:
+    """Files that are not there."""
+
+    def remove(model: Path) -> None:
+        for name in names:
+            (model / name).unlink()
+
+    return remove
 
 
 def not_finite(model: Path) -> None:
@@ -257,7 +262,7 @@ def not_finite(model: Path) -> None:
     ("damage", "code", "words"),
     [
         (removed("config.json"), 2, "m/config.json: no such file"),
-        (removed("tokenizer.json"), 2, "m: no tokenizer.json"),
+        (removed("tokenizer.json", "tokenizer.model"), 2, "m: no tokenizer.json"),
         (removed("model.safetensors"), 2, "m: no model.safetensors"),
         (cut("model.safetensors", 0), 3, "header of 0 bytes"),
         (cut("model.safetensors", 7), 3, "m/model.safetensors: header"),
