@@ -844,7 +844,7 @@ def train(
 
 
 @cli.command(short_help="Measure speed and memory beside its peers.")
-@click.argument("name", type=click.Choice([*BENCH, "all"]))
+@click.argument("name", metavar="NAME", type=click.Choice([*BENCH, "all"]))
 @click.option("--out", type=FOLDER, default="minimac-bench", show_default=True, help="folder for JSON and pictures")
 @click.option("--data", type=FOLDER, help="folder of NAME/train.txt to train on  [default: Python's reference]")
 @click.option(
