@@ -165,6 +165,7 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
     ours = full["replay+ewc"]
     mean, gained = ours["ppl_forget_percent"]["mean"]["value"], ours["plasticity_percent"]
     assert f"ends with {worst(full, 'replay+ewc')} of the worst and {mean:.1f} % in the mean" in told
+    assert f"With a tenth of replay the worst text ends with {worst(full, 'replay10+ewc')}" in told
     assert f"{gained['mean']:.0f} % of what each text alone gives in the mean and {gained['worst']:.0f} %" in told
     assert f"one LoRA {worst(quick, 'lora')}, full fine-tuning {worst(quick, 'full')}" in told
     assert f"replay without EWC {worst(quick, 'replay')}, " in told
