@@ -379,11 +379,13 @@ class ContinualLearningConfig:
         "are learned again",
     )
     replay_weight: float = option(
-        1.0, "how strongly replayed windows are held to predictions; 1 weighs a nat of divergence like one of loss"
+        1.0,
+        "how strongly replayed windows are held to predictions; 1 gives all of them, few or many, the weight of the "
+        "lesson's own text",
     )
     use_ewc: bool = option(True, "whether a later lesson is held near what the earlier ones made of the adapter")
     ewc_lambda: float = option(
-        2.0,
+        2.5,
         "how strongly elastic weight consolidation holds a lesson near the version before; 1 weighs it like the "
         "divergence from what that version predicts",
     )

@@ -36,7 +36,8 @@ class Session:
     """The steps of one lesson within its budget.
 
     `tokens` counts those of the lesson's text that were trained on, each time they were, `replayed` those drawn from
-    earlier lessons. A window enters the buffer after the step that it was first used in.
+    earlier lessons. The windows of the first pass over the text enter the buffer, each after its step; later passes
+    cut the text elsewhere.
     """
 
     def __init__(
@@ -69,9 +70,14 @@ class Session:
         if budget.steps is not None:
             self.rows = config.batch_size
         self.rows = min(self.rows, max(1, math.ceil(len(windows) / fresh)))  # no new window twice in a batch
-        self.batches = Batches(windows, self.rows, seed)
+        self.batches = Batches(windows, self.rows, seed, turn=True)
+        self.unkept = len(windows)
+        """Windows of the first pass that are still to enter the buffer."""
         self.like_base = Batches(Windows(like_base, windows.seq_len), 1, seed) if like_base is not None else None
-        new_rows = sum(split_rows(self.rows, self.ratio, step)[0] for step in range(1000)) / 1000
+        shares = [split_rows(self.rows, self.ratio, step) for step in range(1000)]
+        new_rows, replayed_rows = (sum(counts) / len(shares) for counts in zip(*shares, strict=True))
+        self.hold = config.replay_weight * new_rows / replayed_rows if replayed_rows else 0.0
+        """Weight of a replayed row's divergence: where few are drawn, each stands for more."""
         self.planned = budget.steps or max(1, math.ceil(passes * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
         if budget.steps is None:
@@ -122,7 +128,11 @@ class Session:
         for (tokens, mask, _), sample in zip(new, mixed, strict=True):
             self.tokens += int(mask.sum())
             self.replayed += int(sample.mask[len(mask) :].sum().item())  # type: ignore[arg-type]
-            self.past.buffer.insert(tokens, mask, self.past.source, self.past.lesson, self.past.importance)
+            first = min(len(tokens), self.unkept)
+            if first:
+                kept = self.past.source, self.past.lesson, self.past.importance
+                self.past.buffer.insert(tokens[:first], mask[:first], *kept)
+                self.unkept -= first
             if self.config.replay_strategy == "importance" and sample.rows:
                 self._refresh(sample)
         figures = {"loss": loss, "lr": rate, "tokens": self.tokens, "replayed": self.replayed}
@@ -156,7 +166,7 @@ class Session:
         if self.predicted:
             order, learned = [slice(0, new), general, replayed], len(weights) - len(sample.rows)  # the rest: no tokens
             lessons = self.past.buffer.lessons_of(sample.rows)
-            teachers = [(general, None, strength), (replayed, lessons, self.config.replay_weight)]
+            teachers = [(general, None, strength), (replayed, lessons, self.hold)]
         else:
             teachers = [(slice(new, len(weights)), None, strength)]
         teachers = [part for part in teachers if part[0].stop > part[0].start and part[2] > 0]

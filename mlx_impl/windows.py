@@ -7,19 +7,54 @@ Shapes: B rows, L targets per row; a row is L + 1 tokens, and mask[b, t] weighs 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_impl.data import TokenFile, Tokens
+from mlx_impl.data import Flags, Ids, TokenFile, Tokens
 from mlx_impl.errors import InputError
 
 Batch = tuple[NDArray[np.int32], NDArray[np.float32]]
 """Tokens (B, L + 1) and mask (B, L)."""
 
 
-def _gather(tokens: TokenFile | Tokens, rows: Sequence[tuple[int, int]], length: int) -> Batch:
+@dataclass(frozen=True)
+class Turned:
+    """A stream as if it were a ring, from its token number `by` on; the same attributes as `Tokens`."""
+
+    stream: "Stream"
+    by: int
+
+    def __len__(self) -> int:
+        """Number of tokens N."""
+        return len(self.stream)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens may be left out of the loss."""
+        return self.stream.masked
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the stream, and where it begins."""
+        return f"{self.stream.digest} from {self.by}"
+
+    def span(self, start: int, stop: int) -> tuple[Ids, Flags]:
+        """Ids and trained of the tokens [start, stop), both (stop - start,)."""
+        first, last = start + self.by, stop + self.by
+        inner, outer = min(last, len(self)), max(first, len(self))  # the ring closes between them
+        parts = [self.stream.span(first, inner)] if first < inner else []
+        parts += [self.stream.span(outer - len(self), last - len(self))] if outer < last else []
+        ids, trained = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ids, trained
+
+
+Stream = TokenFile | Tokens | Turned
+
+
+def _gather(tokens: Stream, rows: Sequence[tuple[int, int]], length: int) -> Batch:
     """Windows of `length` targets; a row (done, last) ends at target `last` and counts those after `done`."""
     ids = np.zeros((len(rows), length + 1), np.int32)  # (B, L + 1)
     mask = np.zeros((len(rows), length), np.float32)  # (B, L)
@@ -31,7 +66,7 @@ def _gather(tokens: TokenFile | Tokens, rows: Sequence[tuple[int, int]], length:
     return ids, mask
 
 
-def _window_length(tokens: TokenFile | Tokens, seq_len: int) -> int:
+def _window_length(tokens: Stream, seq_len: int) -> int:
     """L: `seq_len`, or all targets there are if these are fewer; InputError if there is none."""
     if seq_len < 1:
         raise InputError(f"seq_len is {seq_len}, at least 1 is needed")
@@ -48,7 +83,7 @@ class Windows:
     at all.
     """
 
-    def __init__(self, tokens: TokenFile | Tokens, seq_len: int) -> None:
+    def __init__(self, tokens: Stream, seq_len: int) -> None:
         """Find the windows; reads the mask once if there is one."""
         self.tokens = tokens
         self.seq_len = _window_length(tokens, seq_len)
@@ -83,18 +118,18 @@ class Batches:
     Each epoch is a permutation of the windows drawn from (seed, epoch) alone; the last batch of an epoch is
     filled from the start of the next, so that every batch has the same shape. With fewer windows than
     `batch_size`, a batch has as many rows as there are windows: no window is twice in it for want of others.
+
+    `turn` lets each epoch but the first cut the stream, closed to a ring, at places of its own: then no sentence is
+    always seen after the same words, or learned only at the place of a window where it happened to stand.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, windows: Windows, batch_size: int, seed: int, shuffle: bool = True, turn: bool = False) -> None:
         """Start before the first window of epoch 0; InputError for a batch size below 1."""
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, at least 1 is needed")
-        self.windows = windows
+        self._given, self._turn = windows, turn
         self.rows = min(batch_size, len(windows))
         """B, the rows of each batch."""
-        self.epoch = 0
-        self.position = 0
-        """Windows of this epoch that were handed out."""
         self._seed, self._shuffle = seed, shuffle
         self._data = {
             "windows": len(windows),
@@ -103,7 +138,7 @@ class Batches:
             "shuffle": shuffle,
             "tokens": windows.tokens.digest,
         }
-        self._order = self._permutation(0)
+        self._begin(0)
 
     def __iter__(self) -> Iterator[Batch]:
         """Itself: there is one position."""
@@ -114,13 +149,13 @@ class Batches:
         return self.take(self.rows)
 
     def take(self, rows: int) -> Batch:
-        """The next `rows` windows, at most as many as there are: tokens (rows, L + 1) and mask (rows, L)."""
-        chosen = self._take(rows)
-        if len(chosen) < rows:
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._permutation(self.epoch)
-            chosen = np.concatenate([chosen, self._take(rows - len(chosen))])
-        return self.windows.batch(chosen)
+        """The next `rows` windows: tokens (rows, L + 1) and mask (rows, L)."""
+        batch = self.windows.batch(self._take(rows))
+        while len(batch[0]) < rows:
+            self._begin(self.epoch + 1)
+            more = self.windows.batch(self._take(rows - len(batch[0])))
+            batch = np.concatenate([batch[0], more[0]]), np.concatenate([batch[1], more[1]])
+        return batch
 
     @property
     def cursor(self) -> dict[str, Any]:
@@ -136,8 +171,29 @@ class Batches:
         ]
         if differs:
             raise InputError(f"cannot resume in other data: {'; '.join(differs)}")
-        self.epoch, self.position = cursor["epoch"], cursor["position"]
-        self._order = self._permutation(self.epoch)
+        self._begin(cursor["epoch"])
+        self.position = cursor["position"]
+
+    def _begin(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        self.epoch = epoch
+        """Passes over the stream that are over."""
+        self.position = 0
+        """Windows of this epoch that were handed out."""
+        self.windows = self._windows_of(epoch)
+        """Those of this epoch."""
+        self._order = self._permutation(epoch)
+
+    def _windows_of(self, epoch: int) -> Windows:
+        """The windows of an epoch: as they were given or, if so wanted, cut from another token of the ring on.
+
+        That token is no target then; the only one that counts must not be it.
+        """
+        if not (self._turn and epoch) or self._given.n_targets < 2:
+            return self._given
+        stream = self._given.tokens
+        by = int(self._words(epoch, len(self._given) + 1)[-1] % len(stream))
+        return Windows(Turned(stream, by), self._given.seq_len)
 
     def _take(self, count: int) -> NDArray[np.int64]:
         """The next `count` windows of this epoch, or what is left of it."""
@@ -146,18 +202,21 @@ class Batches:
         return chosen
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """Order of the windows in an epoch.
-
-        Sorted raw Philox words: numpy keeps those the same in all versions, `Generator.permutation` it does
-        not, and a run that is resumed after an upgrade must go on in the same order.
-        """
+        """Order of the windows in an epoch."""
         if not self._shuffle:
             return np.arange(len(self.windows))
-        key = np.array([self._seed % 2**64, epoch], np.uint64)
-        return np.random.Philox(key=key).random_raw(len(self.windows)).argsort(kind="stable")
+        return self._words(epoch, len(self.windows)).argsort(kind="stable")
+
+    def _words(self, epoch: int, count: int) -> NDArray[np.uint64]:
+        """Random words of an epoch, (count,).
+
+        Raw words of Philox: numpy keeps those the same in all versions, `Generator.permutation` it does not, and a run
+        that is resumed after an upgrade must go on in the same order.
+        """
+        return np.random.Philox(key=np.array([self._seed % 2**64, epoch], np.uint64)).random_raw(count)
 
 
-def evaluation_windows(tokens: TokenFile | Tokens, seq_len: int, stride: int, batch_size: int = 1) -> Iterator[Batch]:
+def evaluation_windows(tokens: Stream, seq_len: int, stride: int, batch_size: int = 1) -> Iterator[Batch]:
     """Overlapping windows in order, in which each token but the first counts exactly once.
 
     The first window counts all of its L = min(seq_len, N - 1) targets; each later one moves on by `stride`

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_impl import data
@@ -499,6 +499,55 @@ def test_an_epoch_has_each_window_once(n: int, seq_len: int, batch_size: int, se
         assert sorted(order) == each
     if not shuffle:
         assert orders == [each] * epochs
+
+
+@settings(deadline=None, max_examples=150)
+@given(streams, st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**40))
+def test_a_turned_epoch_cuts_the_ring_elsewhere_and_counts_all_but_one(
+    case: tuple[int, list[bool] | None], seq_len: int, batch_size: int, seed: int
+) -> None:
+    """Tokens are their positions, so that a row that runs on by one, from the last token to 0, is a run of the ring."""
+    n, trained = case
+    assume(sum(expected_targets(n, trained).values()) > 1)
+    batches = Batches(Windows(stream(n, trained), seq_len), batch_size, seed, turn=True)
+    plain = Batches(Windows(stream(n, trained), seq_len), batch_size, seed)
+    rows: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {0: [], 1: [], 2: []}
+    while batches.epoch < 3:
+        tokens, mask = batches.take(1)
+        assert (np.diff(tokens[0]) % n == 1 % n).all()
+        rows.setdefault(batches.epoch, []).append((tokens[0], mask[0]))
+    for tokens, mask in rows[0]:
+        again = plain.take(1)
+        assert tokens.tolist() == again[0][0].tolist()
+        assert mask.tolist() == again[1][0].tolist()
+    possible = Counter(t for t in range(n) if trained is None or trained[t])
+    for epoch in (1, 2):
+        counts = Counter(int(t) for tokens, mask in rows[epoch] for t in tokens[1:][mask == 1])
+        missing = possible - counts
+        assert counts <= possible
+        assert sum(missing.values()) <= 1
+
+
+def test_turned_epochs_begin_at_unlike_places_and_follow_the_seed() -> None:
+    def starts(seed: int) -> list[set[int]]:
+        batches = Batches(Windows(stream(1000, None), 10), 100, seed, turn=True)
+        return [{int(row[0]) % 10 for row in next(batches)[0]} for _ in range(8)]
+
+    assert starts(1) == starts(1) != starts(2)
+    assert starts(1)[0] <= {0, 9}  # the last window is moved back
+    assert len({min(places) for places in starts(1)}) > 3
+
+
+def test_a_batch_across_a_turn_is_whole() -> None:
+    """Also where an epoch has fewer windows than the first one, because nothing counts in some."""
+    trained = [False] * 10 + [True, True] + [False] * 8
+    batches = Batches(Windows(stream(20, trained), 10), 3, 0, turn=True)
+    assert len(batches.windows) == 2
+    taken = [batches.take(2) for _ in range(40)]
+    assert {tokens.shape for tokens, _ in taken} == {(2, 11)}
+    assert {mask.shape for _, mask in taken} == {(2, 10)}
+    assert len(batches.windows) in (1, 2)
+    assert batches.epoch > 40
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
