@@ -8,7 +8,6 @@ RTLD_GLOBAL before `import mlx.core` replaces it. On macOS MLX uses Metal and Ac
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 _loaded: str | None = None
@@ -57,6 +56,7 @@ def load_fast_blas() -> str | None:
 def _candidates() -> list[str]:
     """MKL where pip puts it (the environment's lib folder), then what the system's linker finds."""
     import ctypes.util
+    from pathlib import Path
 
     folders = [
         Path(sys.prefix) / "lib",

@@ -1,71 +1,26 @@
-"""What all commands share: options made from configurations, output, and errors told to a person.
+"""What running any command takes: output, and errors told to a person.
 
 Results go to stdout, everything else to stderr. Whatever fails becomes one line and an exit code: 0 done, 1 failed,
 2 wrong usage or input, 3 a damaged file, 4 locked by another process, 130 interrupted. --debug puts the traceback
-before it.
+before it. What --help does not need is imported inside the functions.
 """
 
 import errno
 import io
-import json
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from mlx_impl.config import default_of, help_of
-from mlx_impl.console import silence
 from mlx_impl.errors import MiniMacError, printable
-
-FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
-def setting(cls: type, name: str, flag: str | None = None, kind: Any = None) -> Callable:
-    """A click option made from a configuration's field: its default and its help stand there."""
-    default = default_of(cls, name)
-    return click.option(
-        flag or f"--{name.replace('_', '-')}",
-        name,
-        type=kind or type(default),
-        default=None,
-        help=help_of(cls, name) + (f"  [default: {default}]" if default is not None else ""),
-    )
-
-
-def common(model: bool = True, store: bool = True) -> Callable:
-    """The options that every command has: --json, --quiet, --debug, and --model and --store where it uses one."""
-
-    def decorate(function: Callable) -> Callable:
-        options = [
-            click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
-            click.option("--quiet", is_flag=True, help="no progress"),
-            click.option("--debug", is_flag=True, expose_value=False, help="a traceback when something fails"),
-        ]
-        if model:
-            existing = click.Path(exists=True, file_okay=False, path_type=Path)
-            shown = "model directory  [default: MINIMAC_MODEL, else the last one pulled]"
-            options.append(click.option("-m", "--model", type=existing, help=shown))
-        if model and store:
-            shown = "where lessons are kept  [default: MODEL/learner]"
-            options.append(click.option("--store", type=FOLDER, help=shown))
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def given(**values: Any) -> dict[str, Any]:
-    """The options that were set."""
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
     """Print a result: as JSON, or as text for a person."""
+    import json
+
     write((json.dumps(record, allow_nan=False) if as_json else text) + "\n")
 
 
@@ -77,6 +32,8 @@ def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
+        from mlx_impl.console import silence
+
         silence(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise click.exceptions.Exit(0) from None

@@ -5,6 +5,7 @@ a pipe. Only what needs a process of its own (signals, terminals, a reader that 
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,21 @@ def run(*arguments: str | Path, stdin: bytes | None = b"") -> Done:
     out.flush()
     err.flush()
     return Done(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))  # type: ignore[attr-defined]
+
+
+def as_json(*arguments: str | Path, stdin: bytes = b"") -> Any:
+    """The one JSON object that a command with --json prints."""
+    done = run(*arguments, "--json", stdin=stdin)
+    assert done.code == 0, done.err
+    assert done.out.isascii()
+    assert done.out.endswith("}\n")
+    assert done.out.count("\n") == 1
+    return json.loads(done.out)
+
+
+def learned(model: Path, *more: str | Path) -> Any:
+    """Teach one quick lesson."""
+    return as_json("learn", "-m", model, "--text", "The key lies under the pot. " * 8, "--steps", "2", *more)
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen:

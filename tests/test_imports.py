@@ -7,6 +7,7 @@ by torch_ref and convert. Imports inside functions count like any other.
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,20 @@ PLAIN = set(ORDER[: ORDER.index("arrays")])
 # Names that users of the original call as methods of the model, and that need what is built on it.
 ALLOWED_UPWARD = {("model", "generate")}
 
+# The modules of mlx_impl/commands stand above all of mlx_impl. Each imports of the others only what all of them share.
+SHARED_BY_COMMANDS = {"options", "inputs"}
+THEMES = {"models", "learning", "using", "lessons", "exchange", "machine"}
+
+# The packages besides mlx_impl that a theme's commands call.
+COMMANDS_MAY = {"exchange": {"convert", "torch_ref"}, "machine": {"benchmarks"}}
+
+PACKAGES = ["mlx_impl", "torch_ref", "convert", "benchmarks"]
+
 # What convert may know of mlx_impl: formats are checked there, models are not.
 CONVERT_MAY = {"errors", "config", "modeldir", "files"}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Dotted names of all modules that a file imports; of `from a import b` both a and a.b."""
     names = set()
@@ -101,17 +112,18 @@ def imports(path: Path) -> set[str]:
 
 def own(path: Path, package: str) -> set[str]:
     """Modules of `package` that a file imports, without the package's name."""
-    files = {p.stem for p in (ROOT / package).glob("*.py")}
-    found = {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.")}
-    return found & files
+    found = {name.removeprefix(f"{package}.").split(".")[0] for name in imports(path) if name.startswith(f"{package}.")}
+    return found & {p.stem for p in modules(package)}
 
 
 def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).glob("*.py"))
+    return sorted((ROOT / package.replace(".", "/")).glob("*.py"))
 
 
 def test_every_module_has_its_place() -> None:
     assert {path.stem for path in modules("mlx_impl")} == {*ORDER, "__init__"}
+    assert {path.stem for path in modules("mlx_impl.commands")} == {*THEMES, *SHARED_BY_COMMANDS, "__init__"}
+    assert {path.parent.name for path in (ROOT / "mlx_impl").rglob("*.py")} == {"mlx_impl", "commands"}
     assert not (ROOT / "__init__.py").exists()
 
 
@@ -133,6 +145,19 @@ def test_the_plain_modules_know_no_framework(path: Path) -> None:
         assert own(path, "mlx_impl") <= PLAIN
 
 
+@pytest.mark.parametrize("path", modules("mlx_impl.commands"), ids=lambda path: path.stem)
+def test_commands_import_downwards(path: Path) -> None:
+    assert own(path, "mlx_impl.commands") <= (SHARED_BY_COMMANDS if path.stem in THEMES else set())
+    others = {name.split(".")[0] for name in imports(path)} & {"mlx", "mlx_lm", "torch", *PACKAGES, "cli"}
+    assert others <= {"mlx_impl"} | COMMANDS_MAY.get(path.stem, set())
+
+
+def test_only_the_command_line_imports_commands() -> None:
+    assert "mlx_impl.commands" in imports(ROOT / "cli.py")
+    for path in [path for package in PACKAGES for path in modules(package)]:
+        assert not {name for name in imports(path) if name.startswith("mlx_impl.commands")}, path
+
+
 @pytest.mark.parametrize("path", modules("torch_ref"), ids=lambda path: path.stem)
 def test_the_reference_is_independent(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & {"mlx", "mlx_lm", "transformers", "peft", "convert"}
@@ -147,15 +172,16 @@ def test_converters_know_no_model(path: Path) -> None:
 
 
 def test_help_needs_nothing_heavy() -> None:
-    """`minimac-mlx --help` is quick because of what it does not import."""
+    """`minimac-mlx --help` is quick because of what it does not import, the commands included."""
     code = (
         "import sys, cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({n.split('.')[0] for n in sys.modules} & {'mlx','numpy','torch','transformers','rich','yaml'}))"
+        "print(sorted({n.split('.')[0] for n in sys.modules} & {'mlx','numpy','torch','transformers','rich','yaml'}))\n"
+        "print([n for n in sys.modules if n.startswith('mlx_impl.commands.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
 
 
 def test_public_names_resolve() -> None:

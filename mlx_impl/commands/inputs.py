@@ -1,0 +1,55 @@
+"""What commands read: the model that is meant, documents, stdin."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_impl.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_impl.console import Reporter
+    from mlx_impl.readers import Document
+
+
+def model_directory(named: Path | None) -> Path:
+    """The model directory to use: the one named, else the default."""
+    from mlx_impl.hub import default_model
+
+    return named if named is not None else default_model()
+
+
+def documents_from(
+    paths: Sequence[Path], reporter: "Reporter", text: str | None = None
+) -> tuple[list["Document"], str]:
+    """The documents that --text, - or PATHS name, and a label for them. Says what was passed over in folders."""
+    from mlx_impl import readers
+
+    if text is not None:
+        if paths:
+            raise InputError(f"--text and {paths[0]}: give a text or files, not both")
+        return [readers.text_document(text, "text")], "text"
+    if Path("-") in paths:
+        if len(paths) > 1:
+            raise InputError("- is stdin and comes alone, not among files")
+        return [readers.text_document(read_stdin(), "stdin")], "stdin"
+    if not paths:
+        raise InputError("no text: name files or folders, or - for stdin")
+    skipped: list[str] = []
+    documents = list(readers.read_documents(paths, lambda path, reason: skipped.append(f"{path} ({reason})")))
+    if skipped:
+        others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        reporter.say(f"passed over {skipped[0]}{others}")
+    label = os.path.basename(os.path.abspath(paths[0])) or str(paths[0])
+    return documents, label if len(paths) == 1 else f"{label} and {len(paths) - 1} more"
+
+
+def read_stdin() -> str:
+    """All of stdin as text."""
+    if sys.stdin is None:
+        raise InputError("stdin is closed: there is nothing to read")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin: not UTF-8 at byte {error.start:,}; convert it to UTF-8 first") from None

@@ -1,0 +1,103 @@
+"""This machine: how it is doing, how fast it is, and everything once."""
+
+from pathlib import Path
+
+import click
+
+from benchmarks import BENCH, REPETITIONS
+from mlx_impl.commands.inputs import model_directory
+from mlx_impl.commands.options import FOLDER, command, common
+from mlx_impl.errors import InputError
+from mlx_impl.shell import emit, write
+
+
+@command("doctor")
+@common(store=False)
+def doctor(model: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show this machine as minimac-mlx sees it, and what to do if something is wrong.
+
+    \b
+    Example:
+      minimac-mlx doctor
+    """
+    from mlx_impl import device
+    from mlx_impl.console import doctor_text
+
+    record = {**device.describe(), "model": str(model) if model else _default_model(), "advice": device.advice()}
+    emit(as_json, record, doctor_text(record))
+
+
+@command("bench")
+@click.argument("name", metavar="NAME", type=click.Choice([*BENCH, "all"]))
+@click.option("--out", type=FOLDER, default="minimac-bench", show_default=True, help="folder for JSON and pictures")
+@click.option("--data", type=FOLDER, help="folder of NAME/train.txt to train on  [default: Python's reference]")
+@click.option(
+    "--repetitions", type=click.IntRange(1), default=REPETITIONS, show_default=True, help="of each measurement"
+)
+@click.option("--quick", is_flag=True, help="small sizes, to see that it works: no figures to keep")
+@click.option("--thorough", is_flag=True, help="what can be long is: 10,000 steps where else 2,000")
+@common(store=False)
+def bench(
+    name: str,
+    out: Path,
+    data: Path | None,
+    repetitions: int,
+    quick: bool,
+    thorough: bool,
+    model: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure this machine: warmed up, repeated, mlx-lm and PyTorch in the same run, a JSON file for each NAME.
+
+    \b
+      tokens   decoding and prefill              train    LoRA and full steps, memory
+      learn    seconds to a held-out loss        route    choosing among many domains
+      startup  to the first token                curves   how costs grow
+
+    \b
+    Examples:
+      minimac-mlx bench all
+      minimac-mlx bench tokens --quick
+    """
+    from benchmarks.bench import run as measured
+    from benchmarks.harness import Options
+    from mlx_impl.console import Reporter, bench_text
+
+    with Reporter(quiet) as reporter:
+        options = Options(model_directory(model), data, repetitions, quick, thorough, reporter.say)
+        records = [measured(one, options, out) for one in (BENCH if name == "all" else [name])]
+    emit(as_json, {"benchmarks": records}, "\n\n".join(map(bench_text, records)))
+
+
+@command("demo")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="time for each of the two trainings")
+@common(store=False)
+def demo(seconds: float, model: Path | None, as_json: bool, quiet: bool) -> None:
+    """Everything once: pull a base, train a tiny model from scratch, teach the base a file, take it back.
+
+    The text is Python's own language reference, which every Python brings along. With --model nothing is pulled and
+    that model is taught; it is not changed either way.
+
+    \b
+    Examples:
+      minimac-mlx demo
+      minimac-mlx demo --seconds 20 --model my-model
+    """
+    from mlx_impl.console import Reporter
+    from mlx_impl.demo import demo as play
+
+    with Reporter(quiet) as reporter:
+        record = play(seconds, model, reporter, reporter.say if as_json else lambda line: write(f"{line}\n"))
+    if as_json:
+        emit(as_json, record, "")
+
+
+def _default_model() -> str | None:
+    """The default model's folder, if there is one."""
+    from mlx_impl.hub import default_model
+
+    try:
+        return str(default_model())
+    except InputError:
+        return None

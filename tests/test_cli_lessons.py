@@ -1,0 +1,258 @@
+"""Lessons on the command line: taught, seen, taken back, erased, checked."""
+
+import json
+import math
+import os
+import pty
+from pathlib import Path
+
+import pytest
+from terminal import TEXT, as_json, isolate, learned, run, start, tree, write_model
+
+from mlx_impl.modeldir import verify_manifest
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "reference.txt"
+    path.write_text(TEXT)
+    return path
+
+
+# -- learn, list, undo -------------------------------------------------------------------------------------------
+
+
+def test_learn_a_file(model: Path, text: Path) -> None:
+    before = tree(model)
+    lesson = as_json("learn", "-m", model, text, "--steps", "3", "--lr", "5e-3")
+    assert {"domain": "main", "version": "v0001", "source": "reference.txt", "steps": 3}.items() <= lesson.items()
+    assert lesson["tokens"] > 2000
+    assert lesson["kept"] == []
+    assert lesson["trainable_parameters"] == 14 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert lesson["seconds"] > 0
+    assert lesson["tokens_per_second"] > 0
+    assert lesson["heldout"]["after"] < lesson["heldout"]["before"] < 7  # ln 400 = 6.0 at chance
+    assert {path: content for path, content in tree(model).items() if not path.startswith("learner/")} == before
+
+
+def test_learn_again_tells_what_was_kept(model: Path, text: Path) -> None:
+    as_json("learn", "-m", model, text, "--steps", "1", "--source", "first")
+    second = learned(model, "--source", "second")
+    assert (second["version"], second["source"]) == ("v0002", "second")
+    assert "heldout" not in second
+    assert second["fit"]["after"] < second["fit"]["before"]
+    (kept,) = second["kept"]
+    assert kept.items() >= {"version": "v0001", "source": "first"}.items()
+    assert math.isclose(kept["ppl_forget_percent"], 100 * math.expm1(kept["after"] - kept["before"]), abs_tol=1e-6)
+
+
+def test_replay_and_ewc_can_be_switched_off(model: Path, text: Path) -> None:
+    lesson = ("learn", "-m", model, text, "--steps", "2", "--quiet")
+    as_json(*lesson, "--importance", "2")
+    assert as_json(*lesson)["replayed_tokens"] > 0
+    states = [model / "learner" / "main" / name / "state.safetensors" for name in ("v0002", "v0003")]
+    assert as_json(*lesson, "--no-replay", "--no-ewc")["replayed_tokens"] == 0
+    assert states[1].stat().st_size < 0.5 * states[0].stat().st_size  # no Fisher in it
+    done = run(*lesson, "--importance", "0")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+
+
+def test_what_learn_reads_and_how_it_is_labelled(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "papers"
+    folder.mkdir()
+    (folder / "a.txt").write_text("the cat sat on the mat")
+    (folder / "b.bin").write_bytes(b"\0\1")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n\x1b[31m.txt"))
+    odd.write_text("the dog sat on the cat")
+    common = ("learn", "-m", model, "--steps", "1", "--quiet")
+    assert as_json(*common, "-", stdin="the bird sang — twice".encode())["source"] == "stdin"
+    assert as_json(*common, "--text", "the fish swam")["source"] == "text"
+    assert as_json(*common, folder / "a.txt", odd)["source"] == "a.txt and 1 more"
+    assert as_json(*common, odd)["source"] == "caf\ufffd\ufffd\ufffd[31m.txt"
+    done = run("learn", "-m", model, "--steps", "1", folder)
+    assert done.code == 0
+    assert f"passed over {folder / 'b.bin'} (unknown extension '.bin')\n" in done.err
+    assert "learned papers in" in done.out
+
+
+def test_progress_goes_to_stderr_and_quiet_shows_none(model: Path) -> None:
+    arguments = ("learn", "-m", model, "--text", "the cat sat on the mat", "--steps", "2")
+    loud, quiet = run(*arguments), run(*arguments, "--quiet")
+    events = [json.loads(line)["event"] for line in loud.err.splitlines()]
+    assert events[0] == "begin"
+    assert "step" in events
+    assert quiet.err == ""
+    assert loud.out.startswith("main v0001: learned text in ")
+    assert quiet.out.startswith("main v0002: learned text in ")
+
+
+def test_lessons_elsewhere(tmp_path: Path, model: Path) -> None:
+    before = tree(model)
+    learned(model, "--store", tmp_path / "lessons")
+    assert tree(model) == before
+    assert [record["domain"] for record in as_json("list", "-m", model, "--store", tmp_path / "lessons")["domains"]]
+    assert as_json("list", "-m", model) == {"domains": []}
+
+
+def test_list_and_undo(model: Path) -> None:
+    assert run("list", "-m", model).out == "nothing learned yet; teach it with `minimac-mlx learn`\n"
+    bare = as_json("generate", "-m", model, "the key", "--max-tokens", "6", "--temperature", "0")
+    for domain in ("main", "main", "main", "law"):
+        learned(model, "--domain", domain)
+    records = as_json("list", "-m", model)["domains"]
+    assert [(r["domain"], r["version"], r["lessons"]) for r in records] == [("law", "v0001", 1), ("main", "v0003", 3)]
+    lines = run("list", "-m", model).out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["law", "v0001"], ["main", "v0003"]]
+    assert as_json("undo", "-m", model) == {"domain": "main", "undone": "v0003", "version": "v0002"}
+    assert run("undo", "-m", model, "main", "--to", "v0001").out == "undone v0002; main is at v0001\n"
+    assert run("undo", "-m", model).out == "undone v0001; main had no other lesson and is removed\n"
+    assert [r["domain"] for r in as_json("list", "-m", model)["domains"]] == ["law"]
+    again = as_json("generate", "-m", model, "the key", "--max-tokens", "6", "--temperature", "0", "--domain", "none")
+    assert (again["text"], again["domain"]) == (bare["text"], None)
+
+
+# -- log, forget, prune, verify ----------------------------------------------------------------------------------
+
+
+def test_log(model: Path, text: Path) -> None:
+    as_json("learn", "-m", model, text, "--steps", "1")
+    learned(model, "--source", "second")
+    record = as_json("log", "-m", model)
+    assert (record["domain"], record["pruned"]) == ("main", 0)
+    assert [(r["version"], r["source"]) for r in record["lessons"]] == [("v0002", "second"), ("v0001", "reference.txt")]
+    latest, first = record["lessons"]
+    assert {"created", "tokens", "steps", "seconds", "fit", "kept"} <= latest.keys()
+    assert [kept["version"] for kept in latest["kept"]] == ["v0001"]
+    assert first["heldout"].keys() == {"before", "after", "tokens"}
+    lines = run("log", "-m", model, "main").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["v0002", "perplexity", "v0001"]
+    assert f"{latest['tokens']:,} tokens, 2 steps, " in lines[0]
+    assert f"fit {latest['fit']['before']:.3f} -> {latest['fit']['after']:.3f}  second" in lines[0]
+    assert f"v0001 {latest['kept'][0]['ppl_forget_percent']:+.1f} %" in lines[1]
+    as_json("undo", "-m", model)
+    assert [r["version"] for r in as_json("log", "-m", model)["lessons"]] == ["v0001"]
+    unknown = run("log", "-m", model, "law")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert unknown.err == "error: no domain called 'law'; there are: main\n"
+
+
+def test_forget_needs_a_yes(model: Path) -> None:
+    for domain in ("law", "law", "main"):
+        learned(model, "--domain", domain, "--source", f"about {domain}.txt")
+    before = tree(model)
+    for stdin in (b"", b"y\n", None):
+        done = run("forget", "-m", model, "law", stdin=stdin)
+        assert (done.code, done.out) == (2, "")
+        assert "say --yes if it is meant" in done.err
+        assert done.err.count("\n") == 1
+    assert tree(model) == before
+    record = as_json("forget", "-m", model, "law", "--yes")
+    assert (record["domain"], record["forgotten"]) == ("law", ["v0001", "v0002"])
+    assert record["bytes"] > 20_000
+    after = tree(model)
+    assert {path for path in before if path.startswith("learner/law/")} == before.keys() - after.keys()
+    changed = {path for path in after if after[path] != before[path]}
+    assert changed == {"learner/learner.sqlite"}
+    assert not any(b"law" in content for path, content in after.items() if path.startswith("learner/"))
+    again = run("forget", "-m", model, "law", "--yes")
+    assert (again.code, again.err) == (2, "error: no domain called 'law'; there are: main\n")
+    assert run("forget", "-m", model, "main", "--yes").out.startswith("main is forgotten: 1 version, ")
+    assert not (model / "learner").exists()
+
+
+@pytest.mark.parametrize(("answer", "code"), [(b"y\n", 0), (b"\n", 1), (b"n\n", 1), (b"\x04", 130)])
+def test_forget_asks_on_a_terminal(model: Path, answer: bytes, code: int) -> None:
+    learned(model, "--source", "notes.md")
+    before = tree(model)
+    ours, theirs = pty.openpty()
+    process = start("forget", "-m", model, "main", stdin=theirs)
+    os.close(theirs)
+    os.write(ours, answer)
+    out, err = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == code
+    assert err.startswith(b"main: 1 version, learned from notes.md. Erase it for good? [y/N]: ")
+    assert out.startswith(b"main is forgotten: ") == (code == 0)
+    if code:
+        assert err.endswith(b"error: nothing was erased\n" if code == 1 else b"interrupted\n")
+        assert tree(model) == before
+
+
+def test_prune(model: Path) -> None:
+    for _ in range(4):
+        learned(model)
+    assert run("prune", "-m", model).out == "nothing to prune\n"
+    size = sum(len(content) for content in tree(model).values())
+    record = as_json("prune", "-m", model, "--keep", "2")
+    assert record["pruned"] == [{"domain": "main", "version": name} for name in ("v0001", "v0002")]
+    assert record["bytes"] == size - sum(len(content) for content in tree(model).values()) > 20_000
+    assert run("log", "-m", model).out.splitlines()[-1] == "2 older lessons of main pruned"
+    as_json("undo", "-m", model)
+    done = run("undo", "-m", model)
+    assert (done.code, done.out) == (2, "")
+    assert "v0003 is the oldest version of main that is kept" in done.err
+    assert run("prune", "-m", model, "--keep", "1").out.startswith("pruned 1 version, ")
+    assert run("prune", "-m", model, "--keep", "0").code == 2
+
+
+def test_verify(model: Path) -> None:
+    files = len(verify_manifest(model)["files"])
+    counts = {"base_files": files, "domains": 0, "versions": 0, "files": 0}
+    assert as_json("verify", "-m", model) == {"problems": [], **counts, "writer": None}
+    for domain in ("law", "main", "main"):
+        learned(model, "--domain", domain)
+    before = tree(model)
+    done = run("verify", "-m", model)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("all is well: 2 domains, 3 versions, ")
+    assert done.out.endswith(f" files, {files} files of the base\n")
+    assert tree(model) == before
+    adapter = model / "learner" / "main" / "v0001" / "adapters.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"?")
+    (model / "learner" / "odd\x1b name").write_text("")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    bad = run("verify", "-m", model)
+    assert (bad.code, bad.err) == (3, "")
+    lines = bad.out.splitlines()
+    assert len(lines) == 3
+    assert "model.safetensors has sha256" in lines[0]
+    assert lines[1].startswith(f"{model}/learner/odd\ufffd name: belongs to no lesson")
+    assert lines[2] == f"{adapter}: changed since it was learned"
+    as_record = run("verify", "-m", model, "--json")
+    assert as_record.code == 3
+    assert json.loads(as_record.out)["problems"] == lines
+    (model / "learner" / "learner.sqlite").write_bytes(b"x" * 5000)
+    broken = run("verify", "-m", model)
+    assert broken.code == 3
+    assert "learner.sqlite: file is not a database" in broken.out.splitlines()[1]
+
+
+def test_forget_and_prune_wait_for_a_lesson(model: Path, text: Path) -> None:
+    learned(model)
+    process = start("learn", "-m", model, text, "--steps", "1000000")
+    try:
+        assert process.stderr is not None
+        while b'"step"' not in process.stderr.readline():
+            assert process.poll() is None
+        for arguments in (("forget", "main", "--yes"), ("prune",), ("undo",)):
+            done = run(*arguments, "-m", model)
+            assert (done.code, done.out) == (4, "")
+            assert f"process {process.pid};" in done.err
+        looked = run("verify", "-m", model)
+        assert looked.code == 0
+        assert looked.out.endswith(f"; process {process.pid} is writing, so leftovers were not looked for\n")
+        assert [r["version"] for r in as_json("log", "-m", model)["lessons"]] == ["v0001"]
+    finally:
+        process.kill()
+        process.communicate()
