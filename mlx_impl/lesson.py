@@ -41,8 +41,8 @@ HELD_OUT_AT_MOST = 4096
 MEASURING_SHARE = 0.07
 """Share of the time that measuring may take before the steps, and again after them."""
 
-STATES_SHARE = 0.075
-"""Share of the steps' time that states may take; the base's own text, in a store's first lesson, takes most of it."""
+STATES_SHARE = 0.1
+"""Share of the steps' work that states may add; the base's own text, in a store's first lesson, takes most of it."""
 
 MEASURED_TOKENS = 0.3
 """Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
@@ -142,7 +142,7 @@ class Teacher:
         check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        statistics = self._statistics(train, parent, self._expected_seconds(train, budget, measuring.speed))
+        statistics = self._statistics(train, parent, self._expected_tokens(train, budget, measuring.speed))
         length = min(self.config.seq_len, len(train) - 1)
         past = recall(self.store, parent, self.model, self.config, seed, budget, length)
         past.source, past.importance = source, importance
@@ -189,23 +189,23 @@ class Teacher:
         lesson.seconds = time.perf_counter() - started
         return lesson, (arrays, shape.scale)
 
-    def _expected_seconds(self, train: data.Tokens, budget: Budget, speed: float) -> float:
-        """What the steps will take, by the tokens a second of a forward pass; without end where steps are counted."""
+    def _expected_tokens(self, train: data.Tokens, budget: Budget, speed: float) -> float:
+        """The steps' work in tokens of a forward pass, of which `speed` go into a second; inf where steps are counted.
+
+        The clock has a part in it only where the time will not suffice for all of the text.
+        """
         if budget.steps is not None:
             return math.inf
         passes = budget.passes(math.ceil(len(train) / self.config.seq_len))
-        return min(budget.seconds, BACKWARD * passes * len(train) / speed)
+        return min(budget.seconds * speed, BACKWARD * passes * len(train))
 
-    def _statistics(self, train: data.Tokens, parent: Version | None, seconds: float) -> Statistics:
-        """What the router will know of the domain after this lesson: no states of it if `seconds` are too few."""
+    def _statistics(self, train: data.Tokens, parent: Version | None, tokens: float) -> Statistics:
+        """What the router will know of the domain after this lesson: no states if the lesson's `tokens` are too few."""
         before = (read_statistics(self.store.files_of(parent)) if parent else None) or {}
         statistics = {**before, **count_tokens(train.ids, before or None)}
-        start, rows = states.first_token(self.tokenizer), states.stretches(train.ids, states.PER_LESSON)
+        start = states.first_token(self.tokenizer)
         with lora.bare(self.model):
-            started = time.perf_counter()
-            states.mean_states(self.model, rows[:1], start)
-            one = max(time.perf_counter() - started, 1e-6)
-            affordable = STATES_SHARE * seconds / one  # stretches
+            affordable = STATES_SHARE * tokens / states.TOKENS_OF_ONE  # stretches
             background = self.router.background()
             if background is None and affordable > states.PRICE:
                 background = states.background(self.model, self.tokenizer)

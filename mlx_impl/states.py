@@ -31,6 +31,9 @@ PER_LESSON = 24
 MADE_UP = 16
 """Stretches that the base makes up, for text of no domain."""
 
+TOKENS_OF_ONE = STRETCH // 4
+"""What the states of a stretch cost, in tokens of a whole forward pass."""
+
 MEANS, BACKGROUND = "means", "background"
 """Names of the two in a version's statistics: (N, D) each."""
 

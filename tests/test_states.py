@@ -135,6 +135,23 @@ def test_the_base_speaks_for_itself_once_a_store(base: Path, tmp_path: Path, mon
     np.testing.assert_array_equal(a, b)
 
 
+def test_how_much_is_read_depends_on_the_text_and_not_on_the_clock(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's work is three forward passes; a tenth of it pays for the base's own text first, then for stretches."""
+    monkeypatch.setattr("mlx_impl.session.Session.run", lambda session, report: setattr(session, "seconds", 1.0))
+    content = text(1, 2000)
+    counts = []
+    for passes in (2, 3, 100):
+        learner = opened(base, tmp_path / str(passes), holdout=0.0)
+        learner.learn_from_text(content, budget=Budget(seconds=1e9, epochs=passes))
+        counts.append(len(kept(learner, "main").get(states.MEANS, ())))
+        tokens = len(learner.tokenizer.encode(content)) + 1  # the document's end is one
+        affordable = 0.1 * 3 * passes * tokens / (states.STRETCH / 4) - states.PRICE
+        assert counts[-1] == max(0, int(min(affordable, states.PER_LESSON, tokens // states.STRETCH)))
+    assert counts[0] == 0 < counts[1] < counts[-1]
+
+
 def test_without_time_for_states_words_speak_alone_for_a_domain(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
