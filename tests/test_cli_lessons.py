@@ -45,6 +45,14 @@ def test_learn_a_file(model: Path, text: Path) -> None:
     assert {path: content for path, content in tree(model).items() if not path.startswith("learner/")} == before
 
 
+def test_windows_as_long_as_asked_for(model: Path, text: Path) -> None:
+    lesson = ("learn", "-m", model, text, "--steps", "3", "--batch-size", "2")
+    assert as_json(*lesson, "--seq-len", "8")["trained_tokens"] == 3 * 2 * 8
+    assert as_json(*lesson, "--seq-len", "16")["trained_tokens"] == 3 * 16  # beside windows of 8 that are replayed
+    done = run(*lesson, "--seq-len", "0")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+
+
 def test_learn_again_tells_what_was_kept(model: Path, text: Path) -> None:
     as_json("learn", "-m", model, text, "--steps", "1", "--source", "first")
     second = learned(model, "--source", "second")

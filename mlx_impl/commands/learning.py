@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @setting(ContinualLearningConfig, "learning_rate", "--lr", float)
 @setting(ContinualLearningConfig, "lora_r", "--rank", click.IntRange(1))
 @setting(ContinualLearningConfig, "batch_size")
+@setting(ContinualLearningConfig, "seq_len")
 @setting(ContinualLearningConfig, "replay_ratio")
 @click.option("--no-replay", is_flag=True, help="the same as --replay-ratio 0")
 @setting(ContinualLearningConfig, "replay_targets", kind=click.Choice(REPLAY_TARGETS))
