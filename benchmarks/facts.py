@@ -67,7 +67,7 @@ class Plan:
     tokens: int = 41_000
     other_steps: int = 8
     seed: int = 0
-    config: ContinualLearningConfig = ContinualLearningConfig(holdout=0.0, seq_len=64)
+    config: ContinualLearningConfig = ContinualLearningConfig(holdout=0.0, seq_len=64, learning_rate=1e-3)
 
     @property
     def steps(self) -> int:
