@@ -259,7 +259,7 @@ def _attention(q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
 
 def _gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, any shape; one launch on a GPU."""
-    return kernels.silu(gate) * up if kernels.on_cpu() else _compiled_gated(gate, up)
+    return kernels.swiglu(gate, up) if kernels.on_cpu() else _compiled_gated(gate, up)
 
 
 @partial(mx.compile, shapeless=True)

@@ -1,8 +1,9 @@
 """The few operations that decide the speed of a step: SiLU, softmax attention and the loss over a large vocabulary.
 
 On a GPU they are MLX's own kernels. MLX's CPU backend spends 22 ns on an exponential, on one thread, so that softmax
-and SiLU cost more than all matrix products of the model; a power of two costs a third of that. There the same
-functions are written with powers of two and gradients that reuse what the forward pass computed.
+and SiLU cost more than all matrix products of the model; a power of e costs a third of that. Any other operation over
+an array of many megabytes takes four times as long there as over one that fits a cache. So the same functions are
+written with powers, in blocks, and with gradients of their own that keep little of the forward pass.
 """
 
 import functools
@@ -15,9 +16,19 @@ import mlx.nn as nn
 
 from mlx_impl.cache import Mask
 
-LOG2_E = math.log2(math.e)
 ROWS = 512
 """Positions whose logits exist at one time while the loss is computed: (512, 49152) float32 is 100 MB."""
+
+LOGITS = 6 * 2**20
+"""The same on a CPU, as a number of logits, and fewer: MLX allocates for up to a hundred operations beyond the one that
+it computes there, and so for half a dozen chunks."""
+
+QUERIES = 64
+"""Queries whose scores exist at one time on a CPU. Causal ones are spared the keys that come after the block."""
+
+SMALL = 2**20
+"""Elements up to which SwiGLU keeps its sigmoid for the backward pass: of larger ones it is a tenth of a LoRA step's
+memory, of smaller ones to compute it again is a twentieth of the step's time."""
 
 MASKED = -1e30
 """Added to a score that must not be seen; finite, so that nothing becomes NaN."""
@@ -33,20 +44,15 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-@_custom
-def _power(x: mx.array) -> mx.array:
-    return mx.power(mx.array(2.0, x.dtype), x * LOG2_E)
-
-
-@_power.vjp
-def _power_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return cotangent * output
+def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    """Positions whose logits are computed together."""
+    rows = max(1, LOGITS // vocabulary) if on_cpu() else ROWS
+    return [slice(start, start + rows) for start in range(0, positions, rows)]
 
 
 def exp(x: mx.array) -> mx.array:
-    """e to the x, any shape; on a CPU in a third of MLX's own time."""
-    result: mx.array = _power(x) if on_cpu() else mx.exp(x)
-    return result
+    """e to the x, any shape; float32 on a CPU in a third of MLX's own time."""
+    return mx.power(math.e, x) if on_cpu() and x.dtype == mx.float32 else mx.exp(x)
 
 
 def logsumexp(x: mx.array) -> mx.array:
@@ -57,33 +63,32 @@ def logsumexp(x: mx.array) -> mx.array:
     return mx.log(exp(x - highest).sum(axis=-1)) + highest.squeeze(-1)
 
 
-@_custom
-def _silu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
-    sigmoid = 1 / (1 + exp(-x))
-    return x * sigmoid, sigmoid
-
-
-@_silu_and_sigmoid.vjp
-def _silu_vjp(x: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
-    y, sigmoid = outputs
-    return cotangents[0] * (sigmoid + y * (1 - sigmoid))
-
-
-def silu(x: mx.array) -> mx.array:
-    """x * sigmoid(x), any shape."""
-    return _silu_and_sigmoid(x)[0] if on_cpu() else nn.silu(x)
+def _sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + mx.power(1 / math.e, x))
 
 
 @_custom
-def _softmax(scores: mx.array) -> mx.array:
-    shifted = exp(scores - scores.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+def _swiglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    sigmoid = _sigmoid(gate)
+    return gate * sigmoid * up, sigmoid
 
 
-@_softmax.vjp
-def _softmax_vjp(scores: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    weighted = output * cotangent
-    return weighted - output * weighted.sum(axis=-1, keepdims=True)
+@_swiglu.vjp
+def _swiglu_vjp(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+) -> tuple[mx.array, mx.array]:
+    (gate, up), cotangent = primals, cotangents[0]
+    sigmoid = outputs[1] if gate.size <= SMALL else _sigmoid(gate)
+    silu = gate * sigmoid
+    return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gate * sigmoid(gate) * up, any shape (Shazeer 2020)."""
+    if not on_cpu() or gate.dtype != mx.float32:
+        return nn.silu(gate) * up
+    result: mx.array = _swiglu(gate, up)[0]
+    return result
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,17 +105,70 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
     `mask` is "causal" (the queries are the last of the positions), an additive or boolean (T, S) array, or None.
     """
     B, H, T, d = q.shape
-    K, S = k.shape[1:3]
+    K = k.shape[1]
     if not on_cpu() or T == 1 or q.dtype != mx.float32:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    groups = H // K  # queries that share a key: their rows are stacked, so that no key is copied
-    scores = ((q * scale).reshape(B, K, groups * T, d) @ k.swapaxes(-1, -2)).reshape(B, K, groups, T, S)
-    if isinstance(mask, str):
-        scores = scores + _causal(T, S)
-    elif mask is not None:
-        scores = mx.where(mask, scores, MASKED) if mask.dtype == mx.bool_ else scores + mask
-    weights = _softmax(scores).reshape(B, K, groups * T, S)
-    return (weights @ v).reshape(B, H, T, d)
+    if mask is not None and not isinstance(mask, str) and mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, MASKED)
+    out = _attention_in_blocks((q * scale).reshape(B, K, H // K, T, d), k, v, mask)  # (B, T, K, H / K, d)
+    return out.reshape(B, T, H, d).swapaxes(1, 2)
+
+
+def _attention_in_blocks(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+    """Attention of scaled queries (B, K, G, T, d), G of them to a key, block after block: (B, T, K, G, d).
+
+    Of each block of queries the backward pass finds the powers of its scores (B, K, G t, s) and their sums, which turn
+    them into probabilities. It divides what is narrower by the sums instead.
+    """
+    B, K, G, T, d = q.shape
+    S = k.shape[2]
+    blocks = [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
+    seen = [S - T + block.stop if isinstance(mask, str) else S for block in blocks]  # keys
+    bias = _causal(T, S) if isinstance(mask, str) else mask
+
+    def stacked(x: mx.array, block: slice) -> mx.array:
+        """The rows of a block, those that share a key below each other, so that no key is copied: (B, K, G t, ...)."""
+        return x[:, :, :, block].reshape(B, K, -1, x.shape[-1])
+
+    @_custom
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
+        outs, kept = [], []
+        for block, s in zip(blocks, seen, strict=True):
+            scores = stacked(q, block) @ k[:, :, :s].swapaxes(-1, -2)
+            if bias is not None:
+                scores = (scores.reshape(B, K, G, -1, s) + bias[block, :s]).reshape(scores.shape)
+            powers = exp(scores - scores.max(axis=-1, keepdims=True))
+            sums = powers.sum(axis=-1, keepdims=True)
+            outs.append(((powers @ v[:, :, :s]) / sums).reshape(B, K, G, -1, d).transpose(0, 3, 1, 2, 4))
+            kept += [powers, sums]
+        return mx.concatenate(outs, axis=1), *kept
+
+    @attend.vjp
+    def gradients(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        q, k, v = primals
+        by_out = cotangents[0].transpose(0, 2, 3, 1, 4)  # (B, K, G, T, d)
+        means = (cotangents[0] * outputs[0]).sum(axis=-1, keepdims=True).transpose(0, 2, 3, 1, 4)
+        by_q: list[mx.array] = []
+        by_k = by_v = mx.zeros((B, K, 0, d))
+        for block, s, powers, sums in zip(blocks, seen, outputs[1::2], outputs[2::2], strict=True):
+            slope = stacked(by_out, block) / sums
+            by_scores = powers * (slope @ v[:, :, :s].swapaxes(-1, -2) - stacked(means, block) / sums)
+            by_q.append((by_scores @ k[:, :, :s]).reshape(B, K, G, -1, d))
+            by_k = _added(by_k, by_scores.swapaxes(-1, -2) @ stacked(q, block))
+            by_v = _added(by_v, powers.swapaxes(-1, -2) @ slope)
+        return mx.concatenate(by_q, axis=3), by_k, by_v
+
+    result: mx.array = attend(q, k, v)[0]
+    return result
+
+
+def _added(total: mx.array, part: mx.array) -> mx.array:
+    """The sum of (B, K, S, d) and (B, K, S', d), S' at least S, of which the shorter counts as zero behind its end."""
+    S = total.shape[2]
+    first = total + part[:, :, :S]
+    return first if part.shape[2] == S else mx.concatenate([first, part[:, :, S:]], axis=2)
 
 
 def _loss_and_slopes(
@@ -118,26 +176,34 @@ def _loss_and_slopes(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(sum of masked losses, its gradient by hidden (N, D), by weight (V, D)) of hidden (N, D) and targets (N,).
 
-    Chunk after chunk, so that the logits of all positions never exist at once.
+    Chunk after chunk, so that the logits of all positions never exist at once. What would be done to all (rows, V)
+    slopes is done to what they are multiplied with: slope = exponentials * counts / norm, less counts at the target.
+    A chunk waits for the gradient by the one before, also where only the loss is asked for.
     """
     total = mx.array(0.0)
     by_hidden: list[mx.array] = []
     by_weight = mx.zeros(weight.shape, weight.dtype)
-    for start in range(0, len(targets), ROWS):
-        rows = hidden[start : start + ROWS]
-        chosen, counts = targets[start : start + ROWS, None], mask[start : start + ROWS, None]
+    for chunk in _chunks(len(targets), len(weight)):
+        rows, chosen, counts = _after(by_hidden, hidden[chunk]), targets[chunk, None], mask[chunk, None]
         logits = (rows @ weight.T).astype(mx.float32)
         highest = logits.max(axis=-1, keepdims=True)
+        at_target = mx.take_along_axis(logits, chosen, axis=-1)
+        (logits,) = mx.depends([logits], [highest, at_target])  # so that exponentials can take the place of logits
         exponentials = exp(logits - highest)
         norm = exponentials.sum(axis=-1, keepdims=True)
-        losses = mx.log(norm) + highest - mx.take_along_axis(logits, chosen, axis=-1)
-        total = total + (losses * counts).sum()
-        slope = exponentials * (counts / norm)
-        at_target = mx.take_along_axis(slope, chosen, axis=-1) - counts
-        slope = mx.put_along_axis(slope, chosen, at_target, axis=-1).astype(weight.dtype)  # (rows, V)
-        by_hidden.append(slope @ weight)
-        by_weight = by_weight + slope.T @ rows
+        total = total + ((mx.log(norm) + highest - at_target) * counts).sum()
+        share = counts / norm
+        if weight.dtype != mx.float32:  # a product with unnormalised ones could overflow float16
+            exponentials, share = (exponentials / norm).astype(weight.dtype), counts
+        by_hidden.append(share * (exponentials @ weight) - counts * weight[chosen.squeeze(-1)])
+        by_weight = by_weight + exponentials.T @ (share * rows).astype(weight.dtype)
+    by_weight = by_weight.at[targets].add((-mask[:, None] * hidden).astype(weight.dtype))
     return total, mx.concatenate(by_hidden), by_weight
+
+
+def _after(earlier: list[mx.array], rows: mx.array) -> mx.array:
+    """`rows`, but not before the last of `earlier` is there: what does not wait may be computed at once, and kept."""
+    return mx.depends([rows], earlier[-1:])[0] if earlier else rows
 
 
 def summed_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
@@ -146,17 +212,19 @@ def summed_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array, 
     hidden (..., D), weight (V, D), targets and mask (...). Differentiable by hidden and weight.
     """
     # The slopes are closed over: as outputs of the function they would be computed whether or not they are asked for,
-    # and a frozen head's (V, D) costs as much as the logits.
+    # and a frozen head's (V, D) costs as much as the logits. They are given away once: the graph of slopes that nobody
+    # asks for would hold the exponentials of all chunks.
     flat, frozen = mx.stop_gradient(hidden.reshape(-1, hidden.shape[-1])), mx.stop_gradient(weight)
-    total, by_hidden, by_weight = _loss_and_slopes(flat, frozen, targets.reshape(-1), mask.reshape(-1))
+    total, *slopes = _loss_and_slopes(flat, frozen, targets.reshape(-1), mask.reshape(-1))
 
     @_custom
     def loss(hidden: mx.array, weight: mx.array) -> mx.array:
         return total
 
     @loss.vjp
-    def slopes(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    def gradients(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
         hidden, weight = primals
+        by_weight, by_hidden = slopes.pop(), slopes.pop()
         by_states = (cotangent * by_hidden).astype(hidden.dtype).reshape(hidden.shape)
         return by_states, (cotangent * by_weight).astype(weight.dtype)
 
@@ -170,10 +238,11 @@ def _summed_divergence(
 ) -> tuple[mx.array, mx.array]:
     """(sum of masked divergences, its gradient by hidden (N, D)), chunk after chunk as in `_loss_and_slopes`."""
     total = mx.array(0.0)
-    by_hidden = []
-    for start in range(0, len(hidden), ROWS):
-        counts = mask[start : start + ROWS, None]
-        ours, theirs = ((states[start : start + ROWS] @ weight.T).astype(mx.float32) for states in (hidden, teacher))
+    by_hidden: list[mx.array] = []
+    for chunk in _chunks(len(hidden), len(weight)):
+        counts = mask[chunk, None]
+        ours, theirs = (_after(by_hidden, states[chunk]) for states in (hidden, teacher))
+        ours, theirs = ((rows @ weight.T).astype(mx.float32) for rows in (ours, theirs))
         ours, theirs = (logits - logsumexp(logits)[:, None] for logits in (ours, theirs))  # log-probabilities (rows, V)
         wanted = exp(theirs)
         total = total + (wanted * (theirs - ours) * counts).sum()

@@ -68,9 +68,10 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out) in x's dtype; the low-rank product is computed in float32."""
         thin = self.dropout(x) @ self.lora_a  # float32, because lora_a is
+        lora_b = self.scale * self.lora_b  # as addmm's alpha it would multiply all of the gradient, twice
         if x.dtype == mx.float32:
-            return mx.addmm(self.linear(x), thin, self.lora_b, alpha=self.scale)
-        return self.linear(x) + (self.scale * (thin @ self.lora_b)).astype(x.dtype)
+            return mx.addmm(self.linear(x), thin, lora_b)
+        return self.linear(x) + (thin @ lora_b).astype(x.dtype)
 
     def fuse(self) -> nn.Linear:
         """A new linear layer with the product added to a copy of the weights; the sum is taken in float32.
