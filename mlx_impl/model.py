@@ -104,12 +104,23 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self._dropout = nn.Dropout(config.dropout)
+        self._dropout, self._kept = nn.Dropout(config.dropout), 1 - config.dropout
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
-        """(B, T, D) -> (B, T, D). Dropout acts only in training mode."""
-        x = x + self._dropout(self.self_attn(self.input_layernorm(x), mask, cache))
-        return x + self._dropout(self.mlp(self.post_attention_layernorm(x)))
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None, keys: mx.array | None = None) -> mx.array:
+        """(B, T, D) -> (B, T, D). Dropout acts only in training mode; `keys` (2, 2), if given, say what it drops."""
+        first, second = (None, None) if keys is None else keys
+        x = x + self._dropped(self.self_attn(self.input_layernorm(x), mask, cache), first)
+        return x + self._dropped(self.mlp(self.post_attention_layernorm(x)), second)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts."""
+        return self.training and self._kept < 1
+
+    def _dropped(self, x: mx.array, key: mx.array | None) -> mx.array:
+        if key is None:
+            return self._dropout(x)
+        return mx.random.bernoulli(self._kept, x.shape, key) * x * (1 / self._kept)
 
 
 class Decoder(nn.Module):
@@ -231,14 +242,18 @@ class ContinualLLM(nn.Module):
 
 
 def _recomputed(layer: Block, x: mx.array, mask: Mask) -> mx.array:
-    """A layer under `mx.checkpoint`. Its parameters are arguments, else their gradients would be lost."""
+    """A layer under `mx.checkpoint`. Its parameters are arguments, else their gradients would be lost.
 
-    def run(parameters: dict, x: mx.array) -> mx.array:
+    So are the keys of its dropout: the second time it is computed, it has to drop what it dropped the first time.
+    """
+
+    def run(parameters: dict, x: mx.array, *keys: mx.array) -> mx.array:
         layer.update(parameters)
-        return layer(x, mask)
+        return layer(x, mask, None, *map(mx.stop_gradient, keys))
 
+    keys = [mx.stop_gradient(mx.random.randint(0, 2**31 - 1, (2, 2)).astype(mx.uint32))] if layer.drops else []
     parameters = layer.trainable_parameters()
-    out = mx.checkpoint(run)(parameters, x)
+    out = mx.checkpoint(run)(parameters, x, *keys)
     layer.update(parameters)
     return out
 

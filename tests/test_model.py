@@ -7,6 +7,7 @@ batch-invariant: 1e-5 is three times the largest difference seen, and 1000 times
 
 import gc
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -155,6 +156,30 @@ def test_recomputed_gradients_are_the_gradients(config: ModelConfig, adapted: bo
     assert_close("loss", again, loss, of_largest=1e-6)
     assert_all_close("gradient", recomputed, gradients, of_largest=1e-6)
     assert all(np.array_equal(array, before[name]) for name, array in from_mlx(model.parameters()).items())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_what_dropout_left(recompute: bool) -> None:
+    """Against differences of the loss, the random state being the same each time."""
+    config = replace(CONFIGS[next(iter(CONFIGS))], dropout=0.3)
+    model = mlx_model(config, weights(config))
+    model.train()
+    model.checkpoint_gradients(recompute)
+    tokens, _ = windows(config, 3, 21)
+    embedding = model.model.embed_tokens
+    start = embedding.weight
+    direction = mx.random.normal(start.shape, key=mx.random.key(1))
+
+    def value(weight: mx.array) -> mx.array:
+        mx.random.seed(5)
+        embedding.weight = weight
+        return (model(mx.array(tokens)) ** 2).mean()
+
+    slope = (mx.grad(value)(start) * direction).sum().item()
+    step = 1e-3
+    found = (value(start + step * direction) - value(start - step * direction)).item() / (2 * step)
+    assert slope == pytest.approx(found, rel=2e-2)
+    assert value(start).item() != pytest.approx(mx.square(model.train(False)(mx.array(tokens))).mean().item(), rel=1e-3)
 
 
 def test_checkpointing_saves_memory() -> None:
