@@ -1,7 +1,8 @@
 """Tokens -> packed windows -> batches, for training and for measuring.
 
 Windows are cut from a stream back to back: nothing is padded, and every token but the very first is a target exactly
-once. Order depends on (seed, epoch) alone, so a cursor of a few numbers resumes at the exact window.
+once. A lesson that goes over its text again cuts it elsewhere each time. Windows and order depend on (seed, epoch)
+alone, so a cursor of a few numbers resumes at the exact one.
 
 Shapes: B rows, L targets per row; a row is L + 1 tokens, and mask[b, t] weighs the target tokens[b, t + 1].
 """

@@ -215,6 +215,26 @@ def test_all_replayed_windows_together_weigh_what_the_new_ones_do(
     assert np.median(weights) == pytest.approx(each, rel=1e-2)  # beside a window that is not full they weigh less
 
 
+def test_a_second_pass_cuts_elsewhere_and_only_the_first_is_kept_for_replay(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def spied(model: ContinualLLM) -> Callable:
+        loss = held_loss_of(model)
+        return lambda parameters, *batch: (seen.extend(batch[0].tolist()), loss(parameters, *batch))[1]
+
+    learner = opened(base, tmp_path / "s", batch_size=1, seq_len=16, holdout=0.0)
+    windows = known_windows(learner, text(1))
+    monkeypatch.setattr(session, "held_loss_of", spied)
+    learner.learn_from_text(text(1), budget=Budget(steps=2 * len(windows)))
+    assert sorted(seen[: len(windows)]) == sorted(windows)
+    assert not any(row in windows for row in seen[len(windows) :])
+    stored = learner.store.replay(learner.store.require("main"))
+    assert stored is not None
+    assert len(stored.windows) == len(windows)
+
+
 def known_windows(learner: ContinualLearner, content: str) -> list[list[int]]:
     windows = Windows(learner_tokens(learner, [text_document(content, "x")]), learner.config.seq_len)
     rows: list[list[int]] = windows.batch(range(len(windows)))[0].tolist()
