@@ -15,7 +15,15 @@ from typing import Any, Protocol
 from mlx_impl import readers
 from mlx_impl.cache import PromptCache
 from mlx_impl.config import Budget
-from mlx_impl.console import Reporter, count, forgetting_text, lesson_text, report_text
+from mlx_impl.console import (
+    Reporter,
+    count,
+    forgetting_text,
+    lesson_text,
+    report_text,
+    undo_record,
+    undo_text,
+)
 from mlx_impl.errors import InputError, MiniMacError, printable
 from mlx_impl.generate import Completion, Sampling, complete, prompt_ids
 from mlx_impl.learner import ContinualLearner
@@ -229,18 +237,18 @@ class Chat:
 
     def _undo(self, name: str) -> None:
         domain = name or self._taught()
-        before = self.learner.store.require(domain)
-        if not self.screen.confirm(f"Take {before.name} of {domain} ({before.source}) back?"):
+        store = self.learner.store
+        last = store.require(domain)
+        before, there = store.history(domain), store.versions(domain)
+        if not self.screen.confirm(f"Take {last.name} of {domain} ({last.source}) back?"):
             self.screen.note("nothing was undone")
             return
-        if self.learner.store.require(domain) != before:
+        if store.require(domain) != last:
             raise InputError(f"{domain} was changed by another process meanwhile; nothing was undone")
-        head = self.learner.undo(domain)
-        now = f"{domain} is at {head.name}" if head else f"{domain} had no other lesson and is removed"
-        if head is None:
+        if self.learner.undo(domain) is None:
             self._leave(domain)
-        record = {"command": "undo", "domain": domain, "undone": before.name, "version": head.name if head else None}
-        self.screen.result(record, f"undone {before.name}; {now}")
+        record = undo_record(domain, before, store.history(domain), there)
+        self.screen.result({"command": "undo", **record}, undo_text(record))
 
     def _forget(self, domain: str) -> None:
         if not domain:

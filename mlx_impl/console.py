@@ -9,9 +9,11 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
+
+from mlx_impl.errors import listed
 
 Event = dict[str, Any]
 SECONDS_BETWEEN_LINES = 1.0
@@ -234,6 +236,29 @@ def evaluation_text(record: Event) -> str:
     )
 
 
+def undo_record(domain: str, before: Sequence[Any], after: Sequence[Any], there: Sequence[Any]) -> Event:
+    """What an undo did, from the versions that the domain stood on, those it stands on now, and all it had before.
+
+    Without a lesson left the domain is gone, and with it what had been undone earlier.
+    """
+    stood, stands, had = ([version.name for version in versions] for versions in (before, after, there))
+    return {
+        "domain": domain,
+        "undone": [name for name in reversed(stood) if name not in stands],
+        "erased": [] if stands else [name for name in had if name not in stood],
+        "version": stands[-1] if stands else None,
+    }
+
+
+def undo_text(record: Event) -> str:
+    """The same in a line."""
+    now = f"{record['domain']} is at {record['version']}"
+    if record["version"] is None:
+        also = f", with {listed(record['erased'])}, which had been undone before" if record["erased"] else ""
+        now = f"{record['domain']} has no other lesson and is removed{also}"
+    return f"undone {listed(record['undone'])}; {now}" if record["undone"] else f"{now} again"
+
+
 LESSONS_ACROSS = 8
 """Lessons whose losses after every stage fit into 80 columns."""
 
@@ -275,10 +300,10 @@ def _domain_notes(record: Event) -> list[str]:
     """What there is to say of a domain besides its lessons' figures."""
     matrix, lines = record["matrix"], []
     if matrix["backward_transfer"] is not None:
-        forward = _figure(matrix["forward_transfer"], "+.3f")
+        forward = matrix["forward_transfer"]
+        later = "" if forward is None else f", to later ones {forward:+.3f}"
         lines.append(
-            f"transfer to earlier lessons {matrix['backward_transfer']:+.3f}, to later ones {forward} nats per token "
-            "(above 0 helped)"
+            f"transfer to earlier lessons {matrix['backward_transfer']:+.3f}{later} nats per token (above 0 helped)"
         )
     for lesson in record["lessons"]:
         if (found := lesson["ppl_forget_interval"]) is not None:

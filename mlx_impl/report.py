@@ -24,7 +24,7 @@ from mlx_impl.learner import ContinualLearner
 from mlx_impl.matrix import ForgettingMatrix
 from mlx_impl.router import DOCUMENT_PREFIX
 from mlx_impl.statistics import Floats, Interval
-from mlx_impl.store import Version
+from mlx_impl.store import Store, Version
 from mlx_impl.windows import Batch, evaluation_windows
 
 Event = dict[str, Any]
@@ -55,10 +55,7 @@ def report(
     """
     if tokens < 1:
         raise InputError(f"--tokens is {tokens}, at least 1 is needed to measure anything")
-    names = list(dict.fromkeys(domains)) if domains else learner.store.domains()
-    if not names:
-        raise InputError("nothing learned yet; teach it with `minimac-mlx learn`")
-    histories = [_history(learner, name, tokens) for name in names]
+    histories = [_history(learner, name, tokens) for name in named(learner.store, domains)]
     before, began = learner.adapter, time.perf_counter()
     try:
         progress = _Progress(tell, histories)
@@ -68,6 +65,16 @@ def report(
     finally:
         learner.set_adapter(before)
     return {"tokens_per_text": tokens, "domains": records, "seconds": time.perf_counter() - began}
+
+
+def named(store: Store, domains: Sequence[str] | None = None) -> list[str]:
+    """These domains, each once, or all there are. InputError where nothing was learned yet or one is not there."""
+    names = list(dict.fromkeys(domains)) if domains else store.domains()
+    if not names:
+        raise InputError("nothing learned yet; teach it with `minimac-mlx learn`")
+    for name in names:
+        store.require(name)
+    return names
 
 
 def write(record: dict[str, Any], folder: Path) -> list[Path]:
@@ -107,7 +114,6 @@ class _History:
 
 
 def _history(learner: ContinualLearner, domain: str, tokens: int) -> _History:
-    learner.store.require(domain)
     versions = learner.store.history(domain)
     return _History(domain, versions, [_probe(learner, version, tokens) for version in versions])
 

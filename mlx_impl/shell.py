@@ -61,7 +61,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     """What is said of an error, and the exit code it ends with."""
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "minimac-mlx"
-        return f"{error.format_message().rstrip('.')}; see `{where} --help`", error.exit_code
+        text = " ".join(error.format_message().split()).rstrip(".")  # click breaks lists of choices into lines
+        return f"{text}; see `{where} --help`", error.exit_code
     if isinstance(error, click.ClickException):
         return error.format_message(), error.exit_code
     if isinstance(error, MiniMacError):

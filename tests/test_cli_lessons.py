@@ -71,6 +71,17 @@ def test_replay_and_ewc_can_be_switched_off(model: Path, text: Path) -> None:
     states = [model / "learner" / "main" / name / "state.safetensors" for name in ("v0002", "v0003")]
     assert as_json(*lesson, "--no-replay", "--no-ewc")["replayed_tokens"] == 0
     assert states[1].stat().st_size < 0.5 * states[0].stat().st_size  # no Fisher in it
+
+
+def test_windows_longer_than_the_context_are_said_to_be_shorter(model: Path, text: Path) -> None:
+    lesson = ("learn", "-m", model, text, "--steps", "1", "--seq-len")
+    said = [run(*lesson, length).err for length in ("16", "100000")]
+    assert "windows of" not in said[0]
+    assert "tokens, the model's context, not 100,000" in said[1]
+
+
+def test_a_weight_of_a_lesson_is_positive(model: Path, text: Path) -> None:
+    lesson = ("learn", "-m", model, text, "--steps", "2", "--quiet")
     done = run(*lesson, "--importance", "0")
     assert (done.code, done.err.count("\n")) == (2, 1)
 
@@ -121,9 +132,13 @@ def test_list_and_undo(model: Path) -> None:
     assert [(r["domain"], r["version"], r["lessons"]) for r in records] == [("law", "v0001", 1), ("main", "v0003", 3)]
     lines = run("list", "-m", model).out.splitlines()
     assert [line.split()[:2] for line in lines] == [["law", "v0001"], ["main", "v0003"]]
-    assert as_json("undo", "-m", model) == {"domain": "main", "undone": "v0003", "version": "v0002"}
-    assert run("undo", "-m", model, "main", "--to", "v0001").out == "undone v0002; main is at v0001\n"
-    assert run("undo", "-m", model).out == "undone v0001; main had no other lesson and is removed\n"
+    back = {"domain": "main", "undone": ["v0003"], "erased": [], "version": "v0002"}
+    assert as_json("undo", "-m", model) == back
+    assert run("undo", "-m", model, "main", "--to", "v0003").out == "main is at v0003 again\n"
+    assert run("undo", "-m", model, "main", "--to", "v0001").out == "undone v0003, v0002; main is at v0001\n"
+    assert run("undo", "-m", model).out == (
+        "undone v0001; main has no other lesson and is removed, with v0002, v0003, which had been undone before\n"
+    )
     assert [r["domain"] for r in as_json("list", "-m", model)["domains"]] == ["law"]
     again = as_json("generate", "-m", model, "the key", "--max-tokens", "6", "--temperature", "0", "--domain", "none")
     assert (again["text"], again["domain"]) == (bare["text"], None)

@@ -74,7 +74,7 @@ def test_the_first_ten_minutes(reader: Path, capsys: pytest.CaptureFixture[str])
     for line in lines:
         if line[0] != "pull":  # the fixture did
             assert run(line) == 0, line
-    assert "undone v0001; main had no other lesson and is removed" in capsys.readouterr().out
+    assert "undone v0001; main has no other lesson and is removed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)

@@ -265,6 +265,12 @@ def test_the_command_prints_a_table_and_writes_two_files(base: Path, store: Path
     assert [domain["domain"] for domain in written["domains"]] == ["main", "other"]
 
 
+def test_no_folder_is_made_for_a_domain_that_is_not_there(base: Path, store: Path, tmp_path: Path) -> None:
+    done = run("report", "nope", "-m", base, "--store", store, "--out", tmp_path / "figures")
+    assert (done.code, "no domain called 'nope'" in done.err) == (2, True)
+    assert not (tmp_path / "figures").exists()
+
+
 def test_where_nothing_was_held_out_there_is_no_plot(base: Path, tmp_path: Path) -> None:
     learner = opened(base, tmp_path / "store")
     teach(learner, 2, characters=600)

@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def model_directory(named: Path | None) -> Path:
-    """The model directory to use: the one named, else the default."""
+    """The model directory to use: the one named, else the default. InputError for what cannot be one."""
     from mlx_impl.hub import default_model
+    from mlx_impl.modeldir import CONFIG, INDEX, WEIGHTS
 
+    if named is not None and not any((named / name).exists() for name in (CONFIG, WEIGHTS, INDEX)):
+        raise InputError(
+            f"{named}: no model directory, {CONFIG} and {WEIGHTS} are not there; `minimac-mlx pull` fetches a model, "
+            "`convert` makes a directory of what other programs wrote"
+        )
     return named if named is not None else default_model()
 
 

@@ -9,7 +9,7 @@ import click
 from mlx_impl.commands.inputs import documents_from, model_directory
 from mlx_impl.commands.options import PATHS, command, common, given, setting
 from mlx_impl.config import LOSS_ON, REPLAY_TARGETS, Budget, ContinualLearningConfig
-from mlx_impl.errors import printable
+from mlx_impl.errors import InputError, printable
 from mlx_impl.shell import emit
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ def learn(
     from mlx_impl.console import Reporter, lesson_text
     from mlx_impl.learner import ContinualLearner
 
-    for off, name in ((no_replay, "replay_ratio"), (no_ewc, "ewc_lambda")):
+    for off, option, name in ((no_replay, "--no-replay", "replay_ratio"), (no_ewc, "--no-ewc", "ewc_lambda")):
+        if off and options[name] is not None:
+            raise InputError(f"{option} and --{name.replace('_', '-')}: give one of the two")
         if off:
             options[name] = 0.0
     if options["lora_r"] is not None:
@@ -85,6 +87,8 @@ def learn(
     with Reporter(quiet) as reporter:
         documents, label = documents_from(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(model_directory(model), config, store)
+        if config.seq_len > learner.config.seq_len:
+            reporter.say(f"windows of {learner.config.seq_len:,} tokens, the model's context, not {config.seq_len:,}")
         like_base: list[Document] = []
         if base_data == "self":
             reporter.say("the base writes text of its own first")

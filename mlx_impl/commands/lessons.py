@@ -73,9 +73,10 @@ def report(
     from mlx_impl.console import Reporter, report_text
     from mlx_impl.learner import ContinualLearner
 
-    out.mkdir(parents=True, exist_ok=True)  # fails before anything is measured
     with Reporter(quiet) as reporter:
         learner = ContinualLearner.from_checkpoint(model_directory(model), store=store)
+        domains = tuple(reports.named(learner.store, domains))
+        out.mkdir(parents=True, exist_ok=True)  # fails before anything is measured
         record = reports.report(learner, domains, tokens, reporter)
         paths = reports.write(record, out)
         reporter.say(f"written: {', '.join(map(str, paths))}")
@@ -94,19 +95,16 @@ def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as
       minimac-mlx undo
       minimac-mlx undo medical --to v0002
     """
+    from mlx_impl.console import undo_record, undo_text
     from mlx_impl.store import open_store, version_number
 
     lessons = open_store(model_directory(model), store)
     number = version_number(to) if to is not None else None
     with lessons.writing():
-        before = lessons.require(domain)
-        head = lessons.undo(domain, number)
-    now = f"{domain} is at {head.name}" if head else f"{domain} had no other lesson and is removed"
-    emit(
-        as_json,
-        {"domain": domain, "undone": before.name, "version": head.name if head else None},
-        f"undone {before.name}; {now}",
-    )
+        before, there = lessons.history(domain), lessons.versions(domain)
+        lessons.undo(domain, number)
+        record = undo_record(domain, before, lessons.history(domain), there)
+    emit(as_json, record, undo_text(record))
 
 
 @command("forget")
