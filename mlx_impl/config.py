@@ -403,6 +403,10 @@ class ContinualLearningConfig:
         "all",
         "what of a .jsonl chat is trained on: all, completion (the last answer) or assistant (every answer)",
     )
+    answer_share: float = option(
+        0.0,
+        "share of plain text that is learned as answers in a chat, so that chats find it; for models with a template",
+    )
     holdout: float = option(0.1, "share of the text kept for measuring, never trained on")
     seed: int = option(0, "decides the adapter's initial values, the held-out part and the order of the text")
     device: str = option("default", "cpu, gpu, or mps and default for what MLX chooses")
@@ -420,7 +424,7 @@ class ContinualLearningConfig:
         for name in ("lora_dropout", "holdout", "replay_ratio", "base_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be at least 0 and below 1")
-        for name in ("warmup", "weight_decay", "ewc_gamma"):
+        for name in ("warmup", "weight_decay", "ewc_gamma", "answer_share"):
             if not 0 <= getattr(self, name) <= 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
         for name in ("ewc_lambda", "distill_weight"):
@@ -465,8 +469,8 @@ class Budget:
     )
     steps: int | None = option(None, "optimizer steps, instead of a time")
 
-    def passes(self, windows: int) -> float:
-        """Passes over a text of so many windows."""
+    def passes(self, windows: float) -> float:
+        """Passes over a text of so many windows, counted in those that a step of one row takes."""
         return max(1.0, LEAST_STEPS / windows) if self.epochs is None else self.epochs
 
     def __post_init__(self) -> None:

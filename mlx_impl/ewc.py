@@ -21,6 +21,9 @@ Params = Tree
 LogitsOf = Callable[[Params, mx.array], mx.array]
 """(parameters, tokens (B, T)) -> logits (B, T, V)."""
 
+LEAST_DIVERGENCE = 1e-6
+"""Nats per token below which a divergence is the rounding of float32."""
+
 
 def logits_of(model: BaseModel) -> LogitsOf:
     """The model's logits as a function of its trained parameters; the model keeps those it has.
@@ -109,10 +112,10 @@ def calibrated(fisher: Params, params: Params, other: Params, divergence: float)
 
     A diagonal takes no account of parameters that move together, which they all do: what a lesson changed costs many
     times what its diagonal says, the more so the larger the model. `other` had better be far away, such as before
-    a lesson. Comes back as it is where either of the two is nothing.
+    a lesson. Comes back as it is where either of the two is nothing, or below what float32 can measure.
     """
     expected = float(ewc_penalty(other, params, fisher, 1.0).item())  # type: ignore[arg-type]
-    factor = divergence / expected if divergence > 0 and expected > 0 else 1.0
+    factor = divergence / expected if divergence > LEAST_DIVERGENCE and expected > 0 else 1.0
     scaled = {name: factor * array for name, array in flatten(fisher).items()}
     mx.eval(scaled)
     return scaled

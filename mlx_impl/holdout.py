@@ -35,7 +35,7 @@ def sample_documents(documents: list[Document], max_tokens: int, seed: int) -> l
     Whole conversations and exchanges, and blocks of plain texts, cut at the end of a line if there is one; a text's
     blocks stay one document. At least one of these is taken, whatever its size. A function of documents and seed.
     """
-    whole = _joined(documents)
+    whole = joined(documents)
     units = [
         _Unit(index, block, estimated_tokens(block))
         for index, document in enumerate(whole)
@@ -70,7 +70,7 @@ def split_holdout(
     """
     if not 0 <= fraction < 1:
         raise InputError(f"--holdout {fraction}: must be at least 0 and less than 1")
-    whole = _joined(documents)
+    whole = joined(documents)
     held: set[_Unit] = set()
     units: list[_Unit] = []
     for cut in _CUTS[1:] if len(whole) < FEW_DOCUMENTS else _CUTS:
@@ -83,7 +83,7 @@ def split_holdout(
     return train, _gathered(whole, [unit for unit in units if unit in held])
 
 
-def _joined(documents: list[Document]) -> list[Document]:
+def joined(documents: list[Document]) -> list[Document]:
     """The documents with the pieces of long texts put together again."""
     whole: list[Document] = []
     parts: list[str] = []

@@ -24,12 +24,13 @@ from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring
 from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
 from mlx_impl.memory import lesson_bytes
-from mlx_impl.past import Past, recall
+from mlx_impl.past import Past, hold, recall
 from mlx_impl.readers import Document
 from mlx_impl.router import Router, count_tokens
 from mlx_impl.session import BACKWARD, Session
 from mlx_impl.store import HeldOut, Store, Version
 from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.turns import as_answers
 
 HELD_OUT_FROM = 2000
 """Tokens from which a lesson holds a part out; a smaller one is measured on its own text and says so."""
@@ -41,8 +42,8 @@ HELD_OUT_AT_MOST = 4096
 MEASURING_SHARE = 0.07
 """Share of the time that measuring may take before the steps, and again after them."""
 
-STATES_SHARE = 0.1
-"""Share of the steps' work that states may add; the base's own text, in a store's first lesson, takes most of it."""
+STATES_SHARE, BACKGROUND_SHARE = 0.05, 0.1
+"""Shares of the steps' work that states may add, and the base's own text, which no domain may have brought yet."""
 
 MEASURED_TOKENS = 0.3
 """Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
@@ -128,12 +129,14 @@ class Teacher:
         shape = self._attach(parent, mx.random.key(seed))
         if shape.rank != self.config.lora_r:
             report({"event": "note", "text": f"{domain} keeps its rank of {shape.rank}"})
+        past = recall(self.store, parent, self.model, self.config, seed, min(self.config.seq_len, len(train) - 1))
+        past.source, past.importance = source, importance
         report(
             {
                 "event": "begin",
                 "tokens": len(train),
                 "heldout": len(heldout) if heldout is not None else 0,
-                "predicted_memory": self._predicted_memory(len(train), bool(history), bool(like_base)),
+                "predicted_memory": self._predicted_memory(len(train), past, bool(like_base)),
             }
         )
 
@@ -142,10 +145,9 @@ class Teacher:
         check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        statistics = self._statistics(train, parent, self._expected_tokens(train, budget, measuring.speed))
-        length = min(self.config.seq_len, len(train) - 1)
-        past = recall(self.store, parent, self.model, self.config, seed, budget, length)
-        past.source, past.importance = source, importance
+        work = self._expected_tokens(train, budget, measuring.speed, past)
+        statistics = self._statistics(train, parent, work)
+        hold(past, self.model, self.config, seed, work)
         end = started + budget.seconds
         general = None
         if like_base:
@@ -158,7 +160,8 @@ class Teacher:
 
         left = end - time.perf_counter() if budget.steps is None else math.inf
         (first, last), *rest = measuring.after(max(left, measuring.seconds))
-        check_finite(last, "after the lesson: nothing was kept, try a lower --lr")
+        for measured in (last, *(now for _, now in rest)):
+            check_finite(measured, "after the lesson: nothing was kept, try a lower --lr")
         report({"event": "measured", "when": "after", "loss": last.loss, "tokens": last.tokens})
         arrays = lora.adapter_arrays(self.model)
         lesson = Lesson(
@@ -189,46 +192,59 @@ class Teacher:
         lesson.seconds = time.perf_counter() - started
         return lesson, (arrays, shape.scale)
 
-    def _expected_tokens(self, train: data.Tokens, budget: Budget, speed: float) -> float:
+    def _expected_tokens(self, train: data.Tokens, budget: Budget, speed: float, past: Past) -> float:
         """The steps' work in tokens of a forward pass, of which `speed` go into a second; inf where steps are counted.
 
-        The clock has a part in it only where the time will not suffice for all of the text.
+        The clock has a part in it only where the time will not suffice for all of the text. A replayed token goes
+        through its teacher, too.
         """
         if budget.steps is not None:
             return math.inf
-        passes = budget.passes(math.ceil(len(train) / self.config.seq_len))
-        return min(budget.seconds * speed, BACKWARD * passes * len(train))
+        ratio = self.config.replay_ratio if past.buffer.available(past.lesson) else 0.0
+        for_one = BACKWARD + (BACKWARD + 1) * ratio / (1 - ratio)
+        return min(budget.seconds * speed, for_one * self._passes(len(train), budget) * len(train))
+
+    def _passes(self, tokens: int, budget: Budget) -> float:
+        """Passes over so many tokens, if the time suffices."""
+        return budget.passes(math.ceil(tokens / self.config.seq_len) / self.config.gradient_accumulation_steps)
 
     def _statistics(self, train: data.Tokens, parent: Version | None, tokens: float) -> Statistics:
-        """What the router will know of the domain after this lesson: no states if the lesson's `tokens` are too few."""
+        """What the router will know of the domain after this lesson: no states if the lesson's `tokens` are too few.
+
+        A function of this domain's lessons alone: what others brought along may be forgotten with them.
+        """
         before = (read_statistics(self.store.files_of(parent)) if parent else None) or {}
         statistics = {**before, **count_tokens(train.ids, before or None)}
         start = states.first_token(self.tokenizer)
+        affordable = STATES_SHARE * tokens / states.TOKENS_OF_ONE  # stretches
+        if affordable < 1:
+            return statistics
+        background = before.get(states.BACKGROUND)
         with lora.bare(self.model):
-            affordable = STATES_SHARE * tokens / states.TOKENS_OF_ONE  # stretches
-            background = self.router.background()
-            if background is None and affordable > states.PRICE:
-                background = states.background(self.model, self.tokenizer)
-                affordable -= states.PRICE
-            if background is None or affordable < 1:
-                return statistics
+            if background is None and BACKGROUND_SHARE * tokens > states.PRICE * states.TOKENS_OF_ONE:
+                background = self.router.background()  # the same for all; that others have it must not decide
+                if background is None:
+                    background = states.background(self.model, self.tokenizer)
             rows = states.stretches(train.ids, int(min(affordable, states.PER_LESSON)))
             means = states.mean_states(self.model, rows, start)
         if states.MEANS in before:
             share = len(train) / float(statistics["counts"].sum())
             means = states.merged(before[states.MEANS], means, share)
-        return {**statistics, states.MEANS: means, states.BACKGROUND: background}
+        statistics[states.MEANS] = means
+        return statistics if background is None else {**statistics, states.BACKGROUND: background}
 
-    def _predicted_memory(self, tokens: int, replayed: bool, like_base: bool) -> int:
+    def _predicted_memory(self, tokens: int, past: Past, like_base: bool) -> int:
         """Bytes at the peak of the lesson's steps, if the time allows whole batches."""
         c = self.config
-        rows = c.batch_size + (like_base and c.base_ratio > 0)
-        if replayed and c.replay_ratio > 0 and c.batch_size == 1:
-            rows += 1  # see replay.split_rows
+        replayed = past.buffer.available(past.lesson) > 0 and c.replay_ratio > 0
+        rows = c.batch_size + (replayed and c.batch_size == 1)  # see replay.split_rows
+        if like_base and c.base_ratio > 0:
+            rows += max(1, math.ceil(min(c.batch_size * c.base_ratio, c.batch_size - 1)))
+        length = past.buffer.length if replayed else min(c.seq_len, tokens - 1)  # replayed ones may be longer
         adapter = lora.num_parameters(lora.adapter_arrays(self.model))
         weights = flatten(self.model.parameters()).items()
         base = sum(array.nbytes for name, array in weights if not name.endswith((".lora_a", ".lora_b")))
-        return lesson_bytes(self.model.config, base, adapter, rows, min(c.seq_len, tokens - 1))
+        return lesson_bytes(self.model.config, base, adapter, rows, length)
 
     def _attach(self, parent: Version | None, key: mx.array) -> lora.LoRAConfig:
         """Attach the adapter as the lesson begins, a fresh one or its parent's; a domain keeps the shape it has."""
@@ -253,7 +269,7 @@ class Teacher:
         a number of steps the clock has no say.
         """
         c = self.config
-        asked = budget.passes(math.ceil(tokens / c.seq_len)) * tokens
+        asked = self._passes(tokens, budget) * tokens
         seconds = MEASURING_SHARE * budget.seconds
         if budget.steps is not None:
             asked = budget.steps * c.batch_size * c.gradient_accumulation_steps * c.seq_len
@@ -298,16 +314,25 @@ class Teacher:
                     break
                 estimate = sum(estimated_tokens(document.text) for document in held)  # was too low for this text
                 size = int(0.95 * estimate * HELD_OUT_AT_MOST / len(kept))
-            rest = tokens_of(train)
+            rest = tokens_of(self._phrased(train))
             if _teaches(kept) and _teaches(rest):
                 return rest, kept
-        everything = tokens_of(documents)
+        everything = tokens_of(self._phrased(documents))
         if not _teaches(everything):
             raise InputError(
                 f"nothing to predict in this text: it has {len(everything)} tokens, of which the first is given, and "
                 f"--loss-on {self.config.loss_on} says which of the others count"
             )
         return everything, None
+
+    def _phrased(self, documents: list[Document]) -> list[Document]:
+        """The documents as they are trained on: a part of their plain text as answers, if that is wanted."""
+        share = self.config.answer_share
+        if share == 0:
+            return documents
+        if not self.tokenizer.has_chat_template:
+            raise InputError("--answer-share: the model has no chat template that an answer could stand in")
+        return as_answers(documents, share)
 
     def _is_long(self, documents: list[Document]) -> bool:
         """Whether the documents have `HELD_OUT_FROM` tokens; only where it is in doubt are they encoded."""

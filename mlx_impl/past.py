@@ -5,8 +5,7 @@ lesson is estimated when the next one begins, from the windows that the buffer k
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -17,14 +16,17 @@ from mlx_impl import lora
 from mlx_impl.adapters import read_adapter, read_fisher
 from mlx_impl.arrays import Arrays, Tree
 from mlx_impl.base import BaseModel
-from mlx_impl.config import Budget, ContinualLearningConfig
+from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.ewc import calibrated, consolidate, ewc_penalty, fisher_diagonal, logits_of
 from mlx_impl.loss import summed_divergence
 from mlx_impl.replay import ReplayBuffer, Window, unpack
 from mlx_impl.store import Replay, Store, Version
 
-FISHER_SHARE = 0.05
-"""Share of the time that estimating the Fisher may take."""
+FISHER_SHARE = 0.08
+"""Share of the steps' work that estimating the Fisher may add."""
+
+WINDOW_PASSES = 5
+"""Forward passes over a window that its part in the estimate costs: a backward one, and two to calibrate it."""
 
 CALIBRATION_WINDOWS = 4
 """Windows, at most, on which the Fisher is compared with the divergence from the bare base."""
@@ -62,10 +64,9 @@ def recall(
     model: BaseModel,
     config: ContinualLearningConfig,
     seed: int,
-    budget: Budget,
     length: int,
 ) -> Past:
-    """The past that the lesson after `parent` has; the parent's adapter is attached to the model, in evaluation mode.
+    """The past that the lesson after `parent` has, whose adapter is attached to the model; nothing is held yet.
 
     `seed` is the lesson's, `length` that of its windows in targets: short lessons are not padded to long ones that the
     domain never had. Raises DamagedFileError where what was stored is not what was written.
@@ -73,7 +74,6 @@ def recall(
     past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
     if parent is None:
         return past
-    anchor = lora.adapter_arrays(model)
     history = store.history(parent.domain)
 
     @lru_cache(TEACHERS)
@@ -81,21 +81,33 @@ def recall(
         return read_adapter(store.files_of(history[number]))[0]
 
     past.teacher = lambda lesson: read(best_version(history, lesson))
-    if config.use_ewc and config.ewc_lambda > 0:
-        before = read_fisher(store.files_of(parent), anchor)
-        past.fisher = _fisher(before, past.buffer, parent.depth, model, config, mx.random.key(seed), budget)
-        if past.fisher is not None:
-            past.penalty = _penalty(anchor, past.fisher, config.ewc_lambda)
+    past.fisher = read_fisher(store.files_of(parent), lora.adapter_arrays(model))
     return past
+
+
+def hold(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: int, work: float = math.inf) -> None:
+    """Give a past its penalty: the Fisher of the last lesson is estimated and added to that of the ones before.
+
+    The model carries the adapter as it begins, in evaluation mode. `work` is that of the lesson's steps, in tokens of a
+    forward pass. A lesson without EWC leaves the Fisher as it is, for later ones.
+    """
+    if past.lesson == 1 or not config.use_ewc or config.ewc_lambda == 0:
+        return
+    past.fisher = _fisher(past.fisher, past.buffer, past.lesson - 1, model, config, mx.random.key(seed), work)
+    if past.fisher is not None:
+        past.penalty = _penalty(lora.adapter_arrays(model), past.fisher, config.ewc_lambda)
 
 
 def best_version(history: Sequence[Version], lesson: int) -> int:
     """Index of the version that knew lesson number `lesson` best, of those it went into that were not pruned.
 
     Each version's figures say how the held-out parts of earlier lessons changed by it. Where nobody measured that, the
-    first version is taken: what later ones lost of the lesson is then to be won back, and does not add up.
+    first version is taken: what later ones lost of the lesson is then to be won back, and does not add up. So it is
+    where the lesson's own version was pruned, under whose name the figures stand.
     """
     first = next((index for index, version in enumerate(history) if version.depth >= lesson), len(history) - 1)
+    if history[first].depth != lesson:
+        return first
     best, drift, lowest = first, 0.0, 0.0
     for index, version in enumerate(history[first + 1 :], first + 1):
         measured = (kept for kept in version.figures.get("kept", ()) if kept["version"] == history[first].name)
@@ -115,6 +127,7 @@ def _buffer(
     state = {"counters": recorded.counters, "ids": recorded.ids, "priorities": recorded.priorities}
     longest = max(length, recorded.counters["length"])
     buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, longest)
+    buffer.use(config.replay_strategy)
     buffer.resize(config.replay_buffer_size)
     return buffer
 
@@ -126,37 +139,31 @@ def _fisher(
     model: BaseModel,
     config: ContinualLearningConfig,
     key: mx.array,
-    budget: Budget,
+    work: float,
 ) -> Arrays | None:
     """The Fisher of lesson number `lesson`, the last one, added to that of its forerunners, `before`.
 
-    At most `FISHER_SHARE` of the time goes into it, unless the lesson is limited by steps. Where all of the last lesson
-    was known from those before it, theirs is kept.
+    As many windows as `FISHER_SHARE` of the steps' `work` goes through, one at least. Where all of the last lesson was
+    known from those before it, theirs is kept.
     """
-    until = math.inf if budget.steps is not None else time.perf_counter() + FISHER_SHARE * budget.seconds
-    windows = [row.window for row in islice(buffer.rows(lesson), config.ewc_fisher_samples)]
+    affordable = FISHER_SHARE * work / (WINDOW_PASSES * buffer.length)
+    most = min(config.ewc_fisher_samples, max(1, round(min(affordable, config.ewc_fisher_samples))))
+    windows = [row.window for row in islice(buffer.rows(lesson), most)]
     if not windows:
         return before
-    return consolidate(before, measured_fisher(model, windows, key, until), config.ewc_gamma)
+    return consolidate(before, measured_fisher(model, windows, key), config.ewc_gamma)
 
 
-def measured_fisher(model: BaseModel, windows: Sequence[Window], key: mx.array, until: float = math.inf) -> Arrays:
+def measured_fisher(model: BaseModel, windows: Sequence[Window], key: mx.array) -> Arrays:
     """The Fisher of the attached adapter on windows, `calibrated` by how far it went from what the base predicts.
 
-    The model is in evaluation mode. When the clock passes `until`, all windows but the first are left out.
+    The model is in evaluation mode.
     """
-    batches = [tuple(mx.array(part)[None] for part in unpack(window)) for window in windows]  # (1, n + 1), (1, n)
-
-    def in_time(all_: Sequence[tuple[mx.array, ...]]) -> Iterator[tuple[mx.array, mx.array]]:
-        for count, (tokens, mask) in enumerate(all_):
-            if count and time.perf_counter() > until:
-                return
-            yield tokens, mask
-
-    fisher = fisher_diagonal(logits_of(model), model.trainable_parameters(), in_time(batches), key)
+    batches = [(mx.array(ids)[None], mx.array(mask)[None]) for ids, mask in map(unpack, windows)]  # (1, n + 1), (1, n)
+    fisher = fisher_diagonal(logits_of(model), model.trainable_parameters(), batches, key)
     here = lora.adapter_arrays(model)
     bare = {name: mx.zeros_like(array) if name.endswith(".lora_b") else array for name, array in here.items()}
-    divergence = _divergence_of_base(model, in_time(batches[:CALIBRATION_WINDOWS]))
+    divergence = _divergence_of_base(model, batches[:CALIBRATION_WINDOWS])
     return calibrated(fisher, here, bare, divergence)
 
 

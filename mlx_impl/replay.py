@@ -9,7 +9,7 @@ a row of the buffer, N rows of the buffer.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -103,10 +103,11 @@ class ReplayBuffer:
 
     - uniform: a lesson with odds importance / lessons of its source, and in it any row. Sources are equal whatever
       their size, so are the lessons of a source, and importance 2 doubles a lesson's odds.
-    - importance: a row's odds under `uniform` times priority**alpha, with weights (N p)**-beta divided by the largest
-      of the sample, where N p is relative to `uniform` (Schaul et al. 2016, proportional). A row's priority is its
-      last loss in nats per token, a new row has the highest so far. The weights correct for priorities only: how
-      important a lesson is was somebody's wish.
+    - importance: a row's odds under `uniform` times priority**alpha, with weights (N p)**-beta, where N p is relative
+      to `uniform` (Schaul et al. 2016, proportional). They are not divided by the sample's largest, as is usual: of a
+      sample of one that is its own, and nothing would be corrected. A row's priority is its last loss in nats per
+      token, a new row has the highest so far. The weights correct for priorities only: how important a lesson is was
+      somebody's wish.
     - reservoir: any window that was ever offered to the domain, with odds importance. Of equal importances that is
       any row; else a row stands for 1 / P(it was admitted) of its lesson's windows (Cohen and Kaplan 2007).
 
@@ -128,9 +129,12 @@ class ReplayBuffer:
         """Number of rows N."""
         return len(self._index.rows)
 
-    def available(self, excluding: int | None = None) -> int:
-        """Rows that can be drawn: all but those of the lesson `excluding`."""
-        return sum(len(x.rows) for x in self._index.lessons.values() if x.number != excluding)
+    def available(self, excluding: int | None = None, without: Set[bytes] = frozenset()) -> int:
+        """Rows that can be drawn: all but those of the lesson `excluding`; of them, those whose id is not `without`."""
+        lessons = [lesson for lesson in self._index.lessons.values() if lesson.number != excluding]
+        if not without:
+            return sum(len(lesson.rows) for lesson in lessons)
+        return sum(row.id not in without for lesson in lessons for row in lesson.rows)
 
     @property
     def sources(self) -> dict[str, int]:
@@ -164,6 +168,10 @@ class ReplayBuffer:
     def resize(self, capacity: int) -> None:
         """Change the capacity; where rows have to go, they are the largest sources'. InputError below 1."""
         self._index.resize(capacity)
+
+    def use(self, strategy: str) -> None:
+        """Keep and draw by another strategy from now on; see `Reservoirs.use`. InputError if it is unknown."""
+        self._index.use(strategy)
 
     def _write(self, windows: dict[int, Window]) -> None:
         """Put windows into slots. The memory grows by doubling, so that a row costs O(1) in the long run."""

@@ -33,6 +33,11 @@ def check_importance(importance: float) -> None:
         raise InputError(f"importance {importance} must lie between {low:g} and {high:g}")
 
 
+def _check_strategy(strategy: str) -> None:
+    if strategy not in REPLAY_STRATEGIES:
+        raise InputError(f"replay: strategy {strategy!r} must be one of {', '.join(REPLAY_STRATEGIES)}")
+
+
 class SumTree:
     """A list of numbers that knows its sum; changing one, and finding where the running sum passes x, are O(log n).
 
@@ -150,11 +155,9 @@ class Reservoirs:
 
     def __init__(self, capacity: int, strategy: str, seed: int, alpha: float, beta: float) -> None:
         """No rows yet; InputError for values that cannot be."""
-        if capacity < 1 or strategy not in REPLAY_STRATEGIES:
-            raise InputError(
-                f"replay: capacity {capacity} must be at least 1 and strategy {strategy!r} one of "
-                f"{', '.join(REPLAY_STRATEGIES)}"
-            )
+        _check_strategy(strategy)
+        if capacity < 1:
+            raise InputError(f"replay: capacity {capacity} must be at least 1")
         self.capacity, self.strategy, self.seed, self.alpha, self.beta = capacity, strategy, seed, alpha, beta
         self.refused = self.draws = 0
         self.highest_priority = 1.0
@@ -192,6 +195,25 @@ class Reservoirs:
         self.capacity = capacity
         while len(self.rows) > capacity:
             self._drop(self._largest())
+
+    def use(self, strategy: str) -> None:
+        """Keep and draw by another strategy from now on.
+
+        `reservoir` has one for all sources: of what several hold, the rows stay that each of them would have kept.
+        """
+        _check_strategy(strategy)
+        together, rows = strategy == "reservoir", self.ordered()
+        if together != (self.strategy == "reservoir"):
+            lowest = min((pool.threshold for pool in self.pools.values()), default=math.inf)
+            self.pools = {}
+            for lesson in self.lessons.values():
+                lesson.pool = self.pools.setdefault("" if together else lesson.source, Pool(lowest))
+            for row in rows:
+                heapq.heappush(row.lesson.pool.heap, (-self._key(row.id, row.lesson.importance), row.id))
+            for pool in self.pools.values():
+                while pool.heap and -pool.heap[0][0] >= lowest:
+                    self._drop(pool)
+        self.strategy = strategy
 
     def _key(self, id: bytes, importance: float) -> float:
         """Exponentially distributed with rate `importance`, and a function of seed and window."""
@@ -250,7 +272,8 @@ class Reservoirs:
         if self.strategy != "importance":
             return rows, np.ones(count)
         tilts = np.array([row.lesson.tilts[row.position] for row in rows])
-        return rows, (tilts.min(initial=np.inf) / tilts) ** self.beta  # N p is the tilt times what cancels
+        mean = bounds[-1] / sum(self._wished(lessons))  # of all tilts, as `uniform` would draw them
+        return rows, (mean / tilts) ** self.beta
 
     def _odds(self, lessons: list[Lesson]) -> list[float]:
         """Of each lesson, not summing to 1."""
@@ -258,11 +281,15 @@ class Reservoirs:
             # A row stands for 1 / P(key < threshold) windows that were offered.
             admitted = [-math.expm1(-lesson.importance * lesson.pool.threshold) for lesson in lessons]
             return [len(lesson.rows) * lesson.importance / p for lesson, p in zip(lessons, admitted, strict=True)]
-        of_source = Counter(lesson.source for lesson in lessons)
-        odds = [lesson.importance / of_source[lesson.source] for lesson in lessons]
+        odds = self._wished(lessons)
         if self.strategy == "uniform":
             return odds
         return [p * lesson.tilts.total / len(lesson.rows) for p, lesson in zip(odds, lessons, strict=True)]
+
+    def _wished(self, lessons: list[Lesson]) -> list[float]:
+        """Of each lesson without priorities: sources alike, and the lessons of one by their importance."""
+        of_source = Counter(lesson.source for lesson in lessons)
+        return [lesson.importance / of_source[lesson.source] for lesson in lessons]
 
     def _pick(self, lesson: Lesson, u: float) -> Row:
         """The row of a lesson that u in [0, 1) stands for."""

@@ -152,7 +152,7 @@ class Router:
         return Routing(best if surprised > 0 else None, scores, surprised)
 
     def background(self) -> states.Floats | None:
-        """What versions carry of the base's own text, the same in all of them; None where none is there or readable."""
+        """What versions carry of the base's own text, the same where there is any; None where none is readable."""
         for domain in self._store.domains():
             with contextlib.suppress(DamagedFileError):
                 found = self._of(self._store.require(domain)) or {}
@@ -161,14 +161,16 @@ class Router:
         return None
 
     def _discriminant_of(self, known: dict[str, Statistics]) -> states.Discriminant | None:
-        """Between those of the domains that have states, which those from elsewhere do not; None where none has."""
-        having = {domain: one for domain, one in known.items() if states.MEANS in one and states.BACKGROUND in one}
-        if not having:
+        """Between those of the domains that have states, which those from elsewhere do not; None where none has.
+
+        Nor without the base's own text, which short lessons do not bring along.
+        """
+        means = {domain: one[states.MEANS] for domain, one in known.items() if states.MEANS in one}
+        background = next((one[states.BACKGROUND] for one in known.values() if states.BACKGROUND in one), None)
+        if not means or background is None:
             return None
-        key = tuple(id(statistics) for statistics in having.values())
+        key = (id(background), *map(id, means.values()))
         if self._discriminant is None or self._discriminant[0] != key:
-            means = {domain: statistics[states.MEANS] for domain, statistics in having.items()}
-            background = next(iter(having.values()))[states.BACKGROUND]
             self._discriminant = key, states.Discriminant(means, background)
         return self._discriminant[1]
 

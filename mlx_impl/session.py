@@ -6,7 +6,7 @@ learning-rate schedule follows. Where the time suffices for all that was asked, 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -23,13 +23,16 @@ from mlx_impl.errors import NonFiniteLossError
 from mlx_impl.loss import held_loss_of, window_losses
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.past import Past
-from mlx_impl.replay import Sample, extend, mix, split_rows
+from mlx_impl.replay import Sample, Window, extend, mix, pack, split_rows, window_id
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
 
 BACKWARD = 3
 """A step's time in forward passes."""
+
+ROUGHLY = 0.8
+"""Of the steps planned, those that a first estimate of the speed must promise for the plan to be tried as it is."""
 
 
 class Session:
@@ -58,13 +61,16 @@ class Session:
         """
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
         self.past = past
-        self.ratio = config.replay_ratio if past.buffer.available(past.lesson) else 0.0
         windows = Windows(train, config.seq_len)
+        replaying = config.replay_ratio > 0 and past.buffer.available(past.lesson) > 0
+        self.own = {window_id(window) for window in _packed(windows)} if replaying else set()
+        """Ids of the lesson's own windows, which an earlier lesson on the same text may have left in the buffer."""
+        self.ratio = config.replay_ratio if past.buffer.available(past.lesson, self.own) else 0.0
         accumulated = config.gradient_accumulation_steps
         seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
         affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
         fresh = 1 - self.ratio  # share of a batch that is the lesson's own
-        passes = budget.passes(len(windows))
+        passes = budget.passes(len(windows) / accumulated)
         enough = min(passes * len(windows) / accumulated / fresh, affordable) / LEAST_STEPS
         self.rows = max(1, min(config.batch_size, int(enough)))
         if budget.steps is not None:
@@ -75,13 +81,14 @@ class Session:
         """Windows of the first pass that are still to enter the buffer."""
         self.like_base = Batches(Windows(like_base, windows.seq_len), 1, seed) if like_base is not None else None
         shares = [split_rows(self.rows, self.ratio, step) for step in range(1000)]
+        shares = [(min(new, len(windows)), replayed) for new, replayed in shares]
         new_rows, replayed_rows = (sum(counts) / len(shares) for counts in zip(*shares, strict=True))
         self.hold = config.replay_weight * new_rows / replayed_rows if replayed_rows else 0.0
         """Weight of a replayed row's divergence: where few are drawn, each stands for more."""
         self.planned = budget.steps or max(1, math.ceil(passes * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
-        if budget.steps is None:
-            self.total = max(1, int(min(self.planned, affordable / self.rows)))
+        if budget.steps is None and affordable / self.rows < ROUGHLY * self.planned:
+            self.total = max(1, int(affordable / self.rows))
         mx.random.seed(seed)
         optimizer = AdamW(config.peak_rate(self.total), betas=(0.9, 0.999), weight_decay=config.weight_decay)
         compiled = mx.default_device().type == mx.DeviceType.gpu  # on a CPU it costs more than a lesson gains
@@ -91,6 +98,7 @@ class Session:
         )
         self.step = self.tokens = self.replayed = 0
         self.seconds = 0.0
+        self._ends: list[float] = []  # of the steps so far, by time.perf_counter
 
     @property
     def complete(self) -> bool:
@@ -104,7 +112,7 @@ class Session:
         try:
             while self.step < self.total:
                 self._one(report)
-                if self.budget.steps is None and not self._time_left(started):
+                if self.budget.steps is None and not self._time_left():
                     break
         finally:
             self.model.update(self.stepper.parameters)
@@ -115,7 +123,7 @@ class Session:
     def _one(self, report: Callable[[Event], None]) -> None:
         accumulated = self.config.gradient_accumulation_steps
         new = [self._new_rows(self.step * accumulated + number) for number in range(accumulated)]
-        mixed = [mix(tokens, mask, self.past.buffer, count, self.past.lesson) for tokens, mask, count in new]
+        mixed = [self._mixed(*batch) for batch in new]
         warmup = max(1, round(self.config.warmup * self.total))
         rate = warmup_cosine(self.step, self.total, warmup, self.config.peak_rate(self.total))
         extended = [self._extended(sample, self.step * accumulated + number) for number, sample in enumerate(mixed)]
@@ -127,7 +135,8 @@ class Session:
             raise NonFiniteLossError(f"step {self.step}: the loss became {loss}; nothing was kept, try a lower --lr")
         for (tokens, mask, _), sample in zip(new, mixed, strict=True):
             self.tokens += int(mask.sum())
-            self.replayed += int(sample.mask[len(mask) :].sum().item())  # type: ignore[arg-type]
+            replayed = sample.mask[len(mask) :] * (sample.weights[len(mask) :, None] > 0)
+            self.replayed += int(replayed.sum().item())  # type: ignore[arg-type]
             first = min(len(tokens), self.unkept)
             if first:
                 kept = self.past.source, self.past.lesson, self.past.importance
@@ -143,6 +152,17 @@ class Session:
         count, replayed = split_rows(self.rows, self.ratio, microbatch)
         tokens, mask = self.batches.take(min(count, len(self.batches.windows)))
         return tokens, mask, replayed
+
+    def _mixed(self, tokens: NDArray[np.int32], mask: NDArray[np.float32], count: int) -> Sample:
+        """A microbatch of new windows and `count` replayed ones; the lesson's own, from before, weigh nothing.
+
+        Held to what a version predicted that knew them less well, they would be kept from being learned better.
+        """
+        sample = mix(tokens, mask, self.past.buffer, count, self.past.lesson)
+        if not self.own.intersection(sample.rows):
+            return sample
+        others = [1.0] * len(tokens) + [float(id not in self.own) for id in sample.rows]
+        return sample._replace(weights=sample.weights * mx.array(others))
 
     def _extended(self, sample: Sample, microbatch: int) -> Sample:
         """A microbatch with its rows of text like the base's."""
@@ -208,9 +228,22 @@ class Session:
         self.model.train()
         self.past.buffer.update_priorities(sample.rows, losses)
 
-    def _time_left(self, started: float) -> bool:
-        """Whether another step fits; brings the plan, and with it the schedule, in line with the speed so far."""
+    def _time_left(self) -> bool:
+        """Whether another step fits; brings the plan, and with it the schedule, in line with the speed so far.
+
+        The first step says nothing of the speed: it compiles, and reads weights from the disk.
+        """
         now = time.perf_counter()
-        per_step = (now - started) / self.step
-        self.total = int(min(self.planned, self.step + (self.deadline - now) / per_step))
+        self._ends.append(now)
+        if now >= self.deadline:
+            return False
+        if len(self._ends) > 1:
+            per_step = float(np.median(np.diff(self._ends)))
+            self.total = int(min(self.planned, self.step + (self.deadline - now) / per_step))
         return self.step < self.total
+
+
+def _packed(windows: Windows) -> Iterator[Window]:
+    """The windows as the buffer stores them, a few at a time."""
+    for first in range(0, len(windows), 1024):
+        yield from pack(*windows.batch(range(first, min(first + 1024, len(windows)))))

@@ -93,6 +93,8 @@ def refused(
         ("learn -m m t.txt --no-ewc --ewc-lambda 1", "--no-ewc and --ewc-lambda: give one of the two"),
         ("bench", "Choose from: tokens, train,"),
         ("pull nosuch.gguf", "nosuch.gguf: no such file"),
+        ("learn -m m t.txt --answer-share 0.5", "--answer-share: the model has no chat template"),
+        ("learn -m m t.txt --answer-share 2", "answer_share = 2.0 must lie in [0, 1]"),
         ("learn -m m t.txt --holdout 1", "holdout = 1.0 must be at least 0 and below 1"),
         ("learn -m m t.txt --seed -1", "seed = -1 must be a whole number, at least 0"),
         ("learn -m m t.txt --seed 9223372036854775808", "below 2**63"),

@@ -66,11 +66,11 @@ def test_learn_again_tells_what_was_kept(model: Path, text: Path) -> None:
 
 def test_replay_and_ewc_can_be_switched_off(model: Path, text: Path) -> None:
     lesson = ("learn", "-m", model, text, "--steps", "2", "--quiet")
-    as_json(*lesson, "--importance", "2")
+    as_json("learn", "-m", model, "--text", "Something else before.", "--steps", "2", "--quiet", "--importance", "2")
     assert as_json(*lesson)["replayed_tokens"] > 0
     states = [model / "learner" / "main" / name / "state.safetensors" for name in ("v0002", "v0003")]
     assert as_json(*lesson, "--no-replay", "--no-ewc")["replayed_tokens"] == 0
-    assert states[1].stat().st_size < 0.5 * states[0].stat().st_size  # no Fisher in it
+    assert states[1].stat().st_size >= states[0].stat().st_size  # the Fisher that was there is kept for later
 
 
 def test_windows_longer_than_the_context_are_said_to_be_shorter(model: Path, text: Path) -> None:

@@ -27,6 +27,7 @@ ORDER = [
     "tokenizer",
     "readers",
     "holdout",
+    "turns",
     "data",
     "windows",
     "modeldir",

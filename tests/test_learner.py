@@ -326,7 +326,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
     def train(self: Any, batches: list, *rest: Any) -> Any:
         rate["step"] *= rate.get("slower", 1.0)
-        now = rate["now"]
+        now = rate["now"] + rate.pop("compiling", 0.0)
         result = step(self, batches, *rest)
         rate["now"] = now + rate["step"] * sum(tokens.size for tokens, *_ in batches)
         rate["training"] += rate["now"] - now
@@ -340,6 +340,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     monkeypatch.setattr(session.Stepper, "step", train)
     monkeypatch.setattr(states, "mean_states", read)
     return rate  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("hindrance", [{"compiling": 50.0}, {"forward": 0.045}], ids=["first step", "estimate"])
+def test_where_time_suffices_the_clock_has_no_say(
+    base: Path, tmp_path: Path, clock: dict[str, float], hindrance: dict[str, float]
+) -> None:
+    """Neither a first step that compiles nor a low estimate of the speed changes what a whole pass teaches."""
+    rates: list[list[float]] = [[], []]
+    for run, slowed in enumerate(({}, hindrance)):
+        clock.update(slowed)
+        learner = opened(base, tmp_path / str(run), batch_size=1)
+        told = lambda event, run=run: rates[run].append(event.get("lr", 0.0))  # noqa: E731
+        lesson = learner.learn([text_document(text(1, 3000), "")], budget=Budget(300), report=told)
+        assert lesson.complete
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_a_short_text_is_gone_over_for_sixteen_steps(base: Path, tmp_path: Path, accumulated: int) -> None:
+    learner = opened(base, tmp_path / "s", batch_size=1, gradient_accumulation_steps=accumulated)
+    lesson = learner.learn_from_text("The key lies under the third pot.", budget=Budget(600))
+    assert (lesson.steps, lesson.complete) == (16, True)
 
 
 @pytest.mark.parametrize(("seconds", "step"), [(20, 0.01), (20, 0.1), (60, 0.025), (150, 0.1)])

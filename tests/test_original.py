@@ -33,7 +33,7 @@ from mlx_impl.conversion import convert
 from mlx_impl.errors import InputError
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.moving import move_over, rescaled
-from mlx_impl.past import measured_fisher, recall
+from mlx_impl.past import hold, measured_fisher, recall
 from mlx_impl.replay import unpack
 from mlx_impl.store import open_store
 from mlx_impl.tokenizer import Tokenizer
@@ -292,7 +292,8 @@ def test_the_next_lesson_replays_the_windows_and_is_held_by_the_fisher(
     learner = ContinualLearner.from_checkpoint(model, config, folder)
     before = learner.store.require("law")
     learner.set_adapter("law")
-    past = recall(learner.store, before, learner.model, config, 1, Budget(steps=1), 32)
+    past = recall(learner.store, before, learner.model, config, 1, 32)
+    hold(past, learner.model, config, 1)
     state = tensors_of(folder / "law" / "v0001", "state")
     assert past.fisher is not None
     assert all(np.array_equal(np.array(array), state[name]) for name, array in past.fisher.items())

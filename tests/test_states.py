@@ -138,18 +138,20 @@ def test_the_base_speaks_for_itself_once_a_store(base: Path, tmp_path: Path, mon
 def test_how_much_is_read_depends_on_the_text_and_not_on_the_clock(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step's work is three forward passes; a tenth of it pays for the base's own text first, then for stretches."""
+    """A step's work is three forward passes; a twentieth of it pays for stretches, a tenth for the base's own text."""
     monkeypatch.setattr("mlx_impl.session.Session.run", lambda session, report: setattr(session, "seconds", 1.0))
     content = text(1, 2000)
-    counts = []
-    for passes in (2, 3, 100):
+    counts, backgrounds = [], []
+    for passes in (0.1, 1, 3, 100):
         learner = opened(base, tmp_path / str(passes), holdout=0.0)
         learner.learn_from_text(content, budget=Budget(seconds=1e9, epochs=passes))
         counts.append(len(kept(learner, "main").get(states.MEANS, ())))
+        backgrounds.append(states.BACKGROUND in kept(learner, "main"))
         tokens = len(learner.tokenizer.encode(content)) + 1  # the document's end is one
-        affordable = 0.1 * 3 * passes * tokens / (states.STRETCH / 4) - states.PRICE
-        assert counts[-1] == max(0, int(min(affordable, states.PER_LESSON, tokens // states.STRETCH)))
-    assert counts[0] == 0 < counts[1] < counts[-1]
+        affordable = 0.05 * 3 * passes * tokens / (states.STRETCH / 4)
+        assert counts[-1] == int(min(affordable, states.PER_LESSON, tokens // states.STRETCH))
+        assert backgrounds[-1] == (2 * affordable > states.PRICE)
+    assert backgrounds == [False, False, True, True]
 
 
 def test_without_time_for_states_words_speak_alone_for_a_domain(

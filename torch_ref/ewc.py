@@ -15,6 +15,9 @@ Params = Mapping[str, Tensor]
 LogitsOf = Callable[[Params, Tensor], Tensor]
 """(parameters, tokens (B, T)) -> logits (B, T, V)."""
 
+LEAST_DIVERGENCE = 1e-6
+"""Nats per token below which a divergence is the rounding of float32."""
+
 
 def logits_of(model: nn.Module) -> LogitsOf:
     """The model's logits as a function of its trained parameters; the model keeps those it has.
@@ -84,10 +87,10 @@ def consolidate(old: Params | None, new: Params, gamma: float) -> dict[str, Tens
 def calibrated(fisher: Params, params: Params, other: Params, divergence: float) -> dict[str, Tensor]:
     """A Fisher at `params`, scaled so that `ewc_penalty` of `other` is the `divergence` measured there, in nats.
 
-    Comes back as it is where either of the two is nothing.
+    Comes back as it is where either of the two is nothing, or below what float32 can measure.
     """
     expected = ewc_penalty(other, params, fisher, 1.0).item()
-    factor = divergence / expected if divergence > 0 and expected > 0 else 1.0
+    factor = divergence / expected if divergence > LEAST_DIVERGENCE and expected > 0 else 1.0
     return {name: factor * array for name, array in fisher.items()}
 
 

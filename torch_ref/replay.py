@@ -196,11 +196,10 @@ class ReplayBuffer:
             rows.append(self.lessons[lesson][place])
             relative = tilted[lesson][place] / odds.sum() / (base[lesson][place] / sum(p.sum() for p in base.values()))
             weights.append(relative**-self.beta)
-        weight = torch.stack(weights)
         return Sample(
             torch.stack([row.tokens for row in rows]),  # (count, L + 1)
             torch.stack([row.mask for row in rows]).float(),  # (count, L)
-            (weight / weight.max()).float(),
+            torch.stack(weights).float(),
             [row.id for row in rows],
         )
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--base-data", metavar="PATH|self", help="text like the base's own to mix in; self: written by the base")
 @setting(ContinualLearningConfig, "distill_weight", "--distill")
 @click.option("--probe", metavar="PROMPT", help="answer this before and after the lesson")
+@setting(ContinualLearningConfig, "answer_share")
 @setting(ContinualLearningConfig, "holdout")
 @setting(ContinualLearningConfig, "loss_on", kind=click.Choice(LOSS_ON))
 @setting(ContinualLearningConfig, "seed")
@@ -87,7 +88,7 @@ def learn(
     with Reporter(quiet) as reporter:
         documents, label = documents_from(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(model_directory(model), config, store)
-        if config.seq_len > learner.config.seq_len:
+        if options["seq_len"] is not None and config.seq_len > learner.config.seq_len:
             reporter.say(f"windows of {learner.config.seq_len:,} tokens, the model's context, not {config.seq_len:,}")
         like_base: list[Document] = []
         if base_data == "self":

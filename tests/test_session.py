@@ -1,0 +1,144 @@
+"""What a lesson's steps take from the buffer, and what a change of settings between two lessons means."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lessons import opened, text, tiny_base, tiny_tokenizer
+
+from mlx_impl import session
+from mlx_impl.adapters import read_adapter, read_fisher
+from mlx_impl.config import REPLAY_STRATEGIES, Budget
+from mlx_impl.ewc import fisher_diagonal
+from mlx_impl.lesson import Lesson
+from mlx_impl.past import FISHER_SHARE, WINDOW_PASSES
+from mlx_impl.readers import text_document
+from mlx_impl.replay import Sample
+
+STEPS = Budget(steps=6)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"), tiny_tokenizer())
+
+
+def teach(base: Path, store: Path, number: int, budget: Budget = STEPS, **changes: Any) -> Lesson:
+    return opened(base, store, **changes).learn_from_text(text(number), budget=budget)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sample, int]]:
+    """The microbatches of all lessons, each with the number of its new rows."""
+    seen: list[tuple[Sample, int]] = []
+    batch = session.Session._batch
+
+    def noted(self: session.Session, sample: Sample, new: int) -> Any:
+        seen.append((sample, new))
+        return batch(self, sample, new)
+
+    monkeypatch.setattr(session.Session, "_batch", noted)
+    return seen
+
+
+def test_a_text_that_is_taught_again_is_not_held_to_what_was_known_of_it(
+    base: Path, tmp_path: Path, batches: list[tuple[Sample, int]]
+) -> None:
+    """Its own windows, from the first time, weigh nothing; those of the other lesson weigh what they do."""
+    for number in (1, 2):
+        teach(base, tmp_path, number, holdout=0.0)
+    del batches[:]
+    again = teach(base, tmp_path, 1, Budget(steps=20), holdout=0.0)
+    lessons = opened(base, tmp_path).store
+    replay = lessons.replay(lessons.require("main"))
+    assert replay is not None
+    first = {bytes(id) for id in replay.ids[: replay.counters["lessons"][0][3]]}
+    weights = {id: w for sample, _ in batches for id, w in zip(sample.rows, of_rows(sample), strict=True)}
+    assert {id: weight > 0 for id, weight in weights.items()} == {id: id not in first for id in weights}
+    assert 0 < len(first & weights.keys()) < len(weights)
+    counted = sum(int(sample.mask[at].sum().item()) for sample, new in batches for at in range(new, len(sample.mask)))
+    assert 0 < again.replayed_tokens < counted
+
+
+def of_rows(sample: Sample) -> list[float]:
+    """Weights of the replayed rows, the last ones."""
+    weights: list[float] = np.array(sample.weights)[len(sample.weights) - len(sample.rows) :].tolist()
+    return weights
+
+
+@pytest.mark.parametrize(("changes", "characters"), [({"batch_size": 4, "replay_ratio": 0.25}, 60), ({}, 1200)])
+def test_all_replayed_windows_weigh_as_much_as_the_new_ones(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], characters: int
+) -> None:
+    """Over a lesson, however few windows the text has to fill a batch with."""
+    sums = np.zeros(2)
+    step = session.Stepper.step
+
+    def weighed(self: Any, batches: list[tuple[Any, ...]], *rest: Any) -> Any:
+        for _, mask, *held in batches:
+            sums[:] += float(mask.sum().item()), float(held[1].sum().item()) if held else 0.0
+        return step(self, batches, *rest)
+
+    teach(base, tmp_path, 1, **changes)
+    monkeypatch.setattr(session.Stepper, "step", weighed)
+    opened(base, tmp_path, **changes).learn_from_text(text(2, characters), budget=Budget(steps=12))
+    assert sums[1] == pytest.approx(sums[0], rel=0.1)
+
+
+@pytest.mark.parametrize("before", REPLAY_STRATEGIES)
+@pytest.mark.parametrize("now", REPLAY_STRATEGIES)
+def test_a_domain_takes_another_strategy(base: Path, tmp_path: Path, before: str, now: str) -> None:
+    teach(base, tmp_path, 1, replay_strategy=before)
+    teach(base, tmp_path, 2, replay_strategy=now)
+    lessons = opened(base, tmp_path).store
+    replay = lessons.replay(lessons.require("main"))
+    assert replay is not None
+    assert replay.counters["strategy"] == lessons.require("main").config["replay_strategy"] == now
+    assert len(set(replay.priorities.tolist())) > 1 or now != "importance"
+
+
+def test_a_lesson_without_ewc_leaves_what_holds_later_ones(base: Path, tmp_path: Path) -> None:
+    sums = []
+    for number, use in ((1, True), (2, True), (3, False), (4, True)):
+        teach(base, tmp_path, number, use_ewc=use)
+        lessons = opened(base, tmp_path).store
+        folder = lessons.files_of(lessons.require("main"))
+        found = read_fisher(folder, read_adapter(folder)[0]) or {}
+        sums.append(sum(array.sum().item() for array in found.values()))
+    assert sums[0] == 0 < sums[1] == sums[2] < sums[3]
+
+
+def test_the_fisher_follows_from_the_text_and_not_from_the_clock(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window costs five forward passes over it; the steps take three over the text and four over what is replayed."""
+    used: list[int] = []
+
+    def noted(logits_of: Any, parameters: Any, batches: list[Any], key: Any) -> Any:
+        used.append(len(batches))
+        return fisher_diagonal(logits_of, parameters, batches, key)
+
+    teach(base, tmp_path, 1, Budget(steps=40), holdout=0.0)
+    monkeypatch.setattr("mlx_impl.past.fisher_diagonal", noted)
+    monkeypatch.setattr("mlx_impl.session.Session.run", lambda session, report: setattr(session, "seconds", 1.0))
+    for epochs in (0.1, 1, 3, 100):
+        learner = opened(base, tmp_path, holdout=0.0)
+        lesson = learner.learn_from_text(text(2), budget=Budget(seconds=1e9, epochs=epochs))
+        learner.undo()
+        expected = round(FISHER_SHARE * 7 * epochs * lesson.tokens / (WINDOW_PASSES * 32))
+        assert used[-1] == min(8, max(1, expected))
+    assert used[0] == 1 < used[1] < used[-1] == 8
+
+
+def test_rows_of_another_length_are_in_the_forecast(base: Path, tmp_path: Path) -> None:
+    """A short text whose batches are padded to the windows of an earlier lesson."""
+    predicted: dict[str, list[int]] = {"alone": [], "after": []}
+    for where, told in predicted.items():
+        learner = opened(base, tmp_path / where, batch_size=1)
+        if where == "after":
+            learner.learn_from_text(text(1), budget=STEPS)
+        note = lambda event, told=told: told.append(event.get("predicted_memory", 0))  # noqa: E731
+        learner.learn([text_document("The key lies here.", "")], budget=STEPS, report=note)
+    alone, after = (max(told) for told in predicted.values())
+    assert after > 1.5 * alone
