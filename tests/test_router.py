@@ -243,12 +243,13 @@ def test_routing_leaves_model_and_adapter_as_they_were(taught: ContinualLearner)
 
 
 def test_statistics_are_read_once(taught: ContinualLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [taught.route([5, 6, 7]), taught.route([8])]
     read: list[str] = []
     monkeypatch.setattr(
         router, "read_statistics", lambda folder: read.append(folder.parent.name) or read_statistics(folder)
     )
     fresh = router.Router(taught.model, taught.tokenizer, taught.store)
-    assert [fresh.route([5, 6, 7]), fresh.route([8])] == [taught.route([5, 6, 7]), taught.route([8])]
+    assert [fresh.route([5, 6, 7]), fresh.route([8])] == expected
     assert read == ["court", "garden"]
 
 
