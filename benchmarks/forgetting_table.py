@@ -152,9 +152,10 @@ def _rise(after: Mapping[str, list[float]], before: Mapping[str, list[float]], n
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """A Markdown table, a method a line; forgetting with its interval of 95 %, seconds of the steps alone."""
+    """A Markdown table, the base and then a method a line; forgetting with its interval, seconds of the steps alone."""
     head = "| method | forgotten, worst % | mean % | gain lost % | plasticity % | ppl | untaught % | tokens | seconds |"
-    lines = [head, "|---|" + "---:|" * 8]
+    base = [math.exp(figures["base"][name]) for name in _taught(figures)]
+    lines = [head, "|---|" + "---:|" * 8, f"| frozen base | | | | 0 | {mean(base):.2f} | +0.0 | 0 | 0 |"]
     for method in figures["methods"].values():
         forgotten = method.get("ppl_forget_percent", {})
         cost = method["cost"]
@@ -179,6 +180,12 @@ def table(figures: Mapping[str, Any]) -> str:
                 f"| | | | | {_number(general, '+.1f')} | | |"
             )
     return "\n".join(lines)
+
+
+def _taught(figures: Mapping[str, Any]) -> list[str]:
+    """Names of the texts that were taught, of those whose losses under the base are known."""
+    one = next(iter(figures["methods"].values()))
+    return list(one["losses"] if "losses" in one else one["matrices"][0]["names"])
 
 
 def _with_interval(value: Mapping[str, Any] | None) -> str:

@@ -68,8 +68,9 @@ def test_what_was_measured_is_not_measured_again(
 
 
 def test_table_and_plot(methods: dict[str, Any], tmp_path: Path) -> None:
-    lines = table({"methods": methods}).splitlines()
-    assert len(lines) == 2 + len(METHODS) + 1  # with a line for routing
+    lines = table({"base": dict.fromkeys(languages.NAMES, 2.0), "methods": methods}).splitlines()
+    assert len(lines) == 2 + len(METHODS) + 2  # with one for the base and one for routing
+    assert "| 7.39 |" in lines[2]
     assert len({line.count("|") for line in lines}) == 1
     plot({"methods": methods}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
