@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_impl.commands.inputs import documents_from, model_directory
-from mlx_impl.commands.options import PATHS, command, common, given, setting
+from mlx_impl.commands.options import PATHS, as_given, command, common, given, setting
 from mlx_impl.config import LOSS_ON, REPLAY_TARGETS, Budget, ContinualLearningConfig
 from mlx_impl.errors import InputError, printable
 from mlx_impl.shell import emit
@@ -83,7 +83,8 @@ def learn(
             options[name] = 0.0
     if options["lora_r"] is not None:
         options["lora_alpha"] = 2.0 * options["lora_r"]  # the scale stays what the learning rate was chosen for
-    config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
+    with as_given():
+        config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
     budget = Budget(**given(seconds=seconds, epochs=epochs, steps=steps))
     with Reporter(quiet) as reporter:
         documents, label = documents_from(paths, reporter, text)

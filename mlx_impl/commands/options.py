@@ -1,6 +1,8 @@
 """What commands are declared with: `command` itself, and the options and arguments that several of them have."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import click
 
 from mlx_impl.commands import COMMANDS
 from mlx_impl.config import default_of, help_of
+from mlx_impl.errors import InputError
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -53,6 +56,18 @@ def common(model: bool = True, store: bool = True) -> Callable:
         return function
 
     return decorate
+
+
+@contextmanager
+def as_given() -> Iterator[None]:
+    """Let errors about values name the options of the command; a configuration knows its own fields only."""
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"^\w+ configuration: ", "", str(error))
+        for option in click.get_current_context().command.params:
+            text = re.sub(rf"\b{option.name} = ", f"{option.opts[0]} ", text)
+        raise InputError(text) from None
 
 
 def given(**values: Any) -> dict[str, Any]:

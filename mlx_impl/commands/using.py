@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_impl.commands.inputs import documents_from, model_directory, read_stdin
-from mlx_impl.commands.options import PATHS, command, common
+from mlx_impl.commands.options import PATHS, as_given, command, common
 from mlx_impl.errors import InputError
 from mlx_impl.shell import emit, harmless, write
 
@@ -97,7 +97,8 @@ def generate(
     from mlx_impl.generate import Sampling, complete, prompt_ids
     from mlx_impl.learner import ContinualLearner
 
-    settings = Sampling(**sampling)
+    with as_given():
+        settings = Sampling(**sampling)
     if prompt_cache is not None and window is not None:
         raise InputError("--prompt-cache keeps every token and --window does not: give one of them")
     prompt = read_stdin() if prompt == "-" else prompt
@@ -164,7 +165,8 @@ def chat(
     from mlx_impl.learner import ContinualLearner
     from mlx_impl.terminal import Terminal, converse
 
-    settings = Sampling(**sampling)
+    with as_given():
+        settings = Sampling(**sampling)
     screen = Terminal(as_json, quiet)
     learner = ContinualLearner.from_checkpoint(model_directory(model), store=store)
     converse(Chat(learner, screen, domain, system, max_tokens, settings, stop, quiet), screen)
