@@ -56,10 +56,13 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in kB, macOS in bytes
 
 
-def reset_peak() -> None:
-    """Let `peak_resident` begin anew; without effect where the system has no such thing (macOS)."""
-    with contextlib.suppress(OSError):
+def reset_peak() -> bool:
+    """Let `peak_resident` begin anew; False where the system has no such thing (macOS)."""
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _status(name: str) -> int | None:

@@ -2,8 +2,9 @@
 with context, and memory with each. One picture of small panels beside the JSON. Each curve has its own process, so that
 its memory is its own.
 
-Flat is what is wanted of all but decoding. Lessons have two steps each, so that what grows would show: the steps
-themselves do not depend on what was taught before.
+Flat is what is wanted of all but decoding. Lessons have two steps each on short texts, so that what grows would show:
+the steps themselves do not depend on what was taught before. A lesson is taught five times at each point and taken back
+in between. The second of a domain is what later ones are compared with: the first has nothing to replay and no Fisher.
 
     minimac-mlx bench curves
 """
@@ -12,6 +13,8 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,14 @@ DOMAINS = (1, 10, 100)
 LESSONS = (1, 2, 5, 10, 20)
 CONTEXTS = (128, 512, 2048, 8192)
 STEPS = 2
-CONFIG = ContinualLearningConfig(batch_size=2)
+CONFIG = ContinualLearningConfig(batch_size=2, seq_len=64)
+DOCUMENTS = 2
+"""Of a lesson, at most 500 tokens each."""
+
 NEW, WARM = 16, 64
 """Tokens decoded after each context, and before the first."""
+
+LESSON = "lesson by lessons before"
 
 Point = dict[str, Any]
 Curve = dict[str, Point]
@@ -52,24 +60,30 @@ def measure(options: Options) -> dict[str, Any]:
     counts: dict[str, tuple[int, ...]] = {"domains": DOMAINS, "lessons": LESSONS, "context": CONTEXTS}
     sizes: tuple[int, ...] = replay.SIZES
     if options.quick:
-        counts, sizes = {"domains": (1, 3), "lessons": (1, 2), "context": (16, 32)}, (10, 100)
+        counts, sizes = {"domains": (1, 3), "lessons": (1, 2, 3), "context": (16, 32)}, (10, 100)
     curves: dict[str, Curve] = {}
     for name, curve, at in (
-        ("lesson by lessons before", lessons_of_one_domain, counts["lessons"]),
+        (LESSON, lessons_of_one_domain, counts["lessons"]),
         ("first lesson by domains", first_lessons, counts["domains"]),
         ("routing by domains", routing, counts["domains"]),
         ("replay draw by rows", sampling, sizes),
         ("decoding by context", decoding, counts["context"]),
     ):
         options.say(f"{name}: {', '.join(f'{count:,}' for count in at)}")
-        curves[name] = child.call(curve, model=str(model), counts=at)
-    rows = []
-    for name, points in curves.items():
-        first, *_, last = points
-        figure = next(iter(points[first]))
-        ratio = points[last][figure] / points[first][figure]
-        rows.append(row(f"{name}: {figure} at {int(last):,} against {int(first):,}", ratio, "times"))
-    return {"model": model.name, "figures": rows, "lesson_steps": STEPS, "curves": curves}
+        curves[name] = options.once(name, partial(child.call, curve, model=str(model), counts=at))
+    return {
+        "model": model.name,
+        "figures": [grown(name, curve, "2" if name == LESSON else next(iter(curve))) for name, curve in curves.items()],
+        "lesson": {"steps": STEPS, "windows": [CONFIG.batch_size, CONFIG.seq_len], "repetitions": REPETITIONS},
+        "curves": curves,
+    }
+
+
+def grown(name: str, curve: Curve, first: str) -> dict[str, Any]:
+    """The row of a curve: its last point against the `first`."""
+    last, figure = list(curve)[-1], next(iter(curve[first]))
+    ratio = curve[last][figure] / curve[first][figure]
+    return row(f"{name}: {figure} at {int(last):,} against {int(first):,}", ratio, "times")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -89,28 +103,31 @@ def lessons_of_one_domain(model: str, counts: Sequence[int]) -> Curve:
     texts = _texts()
     with tempfile.TemporaryDirectory() as folder:
         learner = ContinualLearner.from_checkpoint(model, CONFIG, folder)
-        _taught(learner, [next(texts) for _ in range(6)], "warm")  # the store's first also has the base write
+        _taught(learner, texts, "warm")  # the store's first also has the base write
         for number in range(1, counts[-1] + 1):
-            seconds = _taught(learner, [next(texts) for _ in range(6)], "main")
+            seconds = [_taught(learner, texts, "main")]
             if number in counts:
-                curve[str(number)] = {"s": seconds, "bytes": child.resident()}
+                for _ in range(REPETITIONS - 1):
+                    learner.undo("main")
+                    seconds.append(_taught(learner, texts, "main"))
+                curve[str(number)] = {"s": spread(seconds)["median"], "bytes": child.resident()}
     return curve
 
 
 def first_lessons(model: str, counts: Sequence[int]) -> Curve:
-    """Seconds of a domain's first lesson, with so many other domains there; the median of three."""
+    """Seconds of a domain's first lesson, with so many other domains there."""
     curve: Curve = {}
     texts = _texts()
     with tempfile.TemporaryDirectory() as folder:
         learner = ContinualLearner.from_checkpoint(model, CONFIG, folder)
-        _taught(learner, [next(texts) for _ in range(6)], "new")
+        _taught(learner, texts, "new")
         learner.forget("new")
         for count in counts:
             learner.set_adapter(None)
             fill(learner, count)
             seconds = []
-            for _ in range(3):
-                seconds.append(_taught(learner, [next(texts) for _ in range(6)], "new"))
+            for _ in range(REPETITIONS):
+                seconds.append(_taught(learner, texts, "new"))
                 learner.forget("new")
             curve[str(count)] = {"s": spread(seconds)["median"], "bytes": child.resident()}
     return curve
@@ -165,7 +182,9 @@ def _intervals(stream: Iterator[int]) -> Iterator[float]:
         last = now
 
 
-def _taught(learner: ContinualLearner, documents: list[Document], domain: str) -> float:
+def _taught(learner: ContinualLearner, texts: Iterator[Document], domain: str) -> float:
+    """Seconds of a lesson on the next few documents."""
+    documents = list(islice(texts, DOCUMENTS))
     started = time.perf_counter()
     learner.learn(documents, domain, "curves", Budget(steps=STEPS))
     return time.perf_counter() - started

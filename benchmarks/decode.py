@@ -1,8 +1,9 @@
 """Decoding in detail: beside mlx-lm and a plain streaming product, with a domain and without, and what a switch takes.
 
 All sides go on from the keys and values of one random prompt, greedily, and take turns. `roof` multiplies a vector by
-one matrix of as many bytes as the model has weights: nothing that reads each weight once a token can be faster. Writes
-results/decode_NAME.json.
+one matrix of as many bytes as the model has weights: nothing that reads each weight once a token can be faster. A
+switch is what the learner does for a person, from a store of domains that it read before, until the first step can
+begin. Writes results/decode_NAME.json.
 
     python -m benchmarks.decode [medium] [--contexts 128 1024] [--new 32] [--repetitions 5]
 """
@@ -12,6 +13,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,21 @@ import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
 import mlx.core as mx
 
 from benchmarks.common import record
-from benchmarks.harness import OURS, Seconds, alternate, beside, spread
+from benchmarks.filled import fill
+from benchmarks.harness import OURS, Options, Seconds, alternate, beside, spread
 from benchmarks.resume import say
-from benchmarks.tokens import PREFILL, Case, drawn, opened, ours, prefilling, random_prompt, theirs
+from benchmarks.tokens import PREFILL, Case, drawn, opened, prefilled, random_prompt, settle
 from mlx_impl import decoder, lora
 from mlx_impl.arrays import Arrays, flatten
 from mlx_impl.device import compute_dtype
 from mlx_impl.generate import Sampling, decode
 from mlx_impl.hub import default_model
+from mlx_impl.learner import ContinualLearner
 from mlx_impl.model import ContinualLLM
 
 SCALE = 2.0
+SWITCHES = 15
+"""Times that each switch is measured."""
 
 
 def main() -> None:
@@ -44,40 +50,45 @@ def main() -> None:
     arguments = parser.parse_args()
     directory = Path(arguments.preset) if arguments.preset else default_model()
     case = opened(directory) if directory.is_dir() else drawn(arguments.preset, 8000)
-    figures = detailed(case, arguments.contexts, PREFILL, arguments.new, arguments.repetitions, say)
+    options = Options(repetitions=arguments.repetitions, say=say)
+    figures = detailed(options, case, arguments.contexts, arguments.new)
+    figures[f"prefill_{PREFILL}"] = prefilled(options, case, PREFILL)
     record(f"decode_{case.name}", figures, "decode")
 
 
-def detailed(
-    case: Case,
-    contexts: Sequence[int],
-    prefill: int,
-    new: int,
-    repetitions: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """All that is measured of a model of ours: primitives, switches, and the sides at each context and in prefill."""
+def detailed(options: Options, case: Case, contexts: Sequence[int], new: int) -> dict[str, Any]:
+    """What is measured of a model of ours only: primitives, switches, and all sides of decoding at each context."""
     model = case.model
     assert isinstance(model, ContinualLLM)
-    adapters = [_adapter(model, seed) for seed in (1, 2)]
     figures: dict[str, Any] = {"model": case.name, "weight_bytes": _bytes(model), "new_tokens": new}
-    figures["primitives"] = primitives(case)
-    figures["switching_ms"] = switching(model, adapters)
+    figures["primitives"] = options.once(f"{case.name} primitives", partial(primitives, case))
+    figures |= options.once(f"{case.name} switching", partial(switching, options, case))
     for context in contexts:
-        say(f"{case.name}: decoding after {context} tokens")
-        sides = decoding(case, adapters[0], random_prompt(model.vocab_size, context), new)
-        rates = beside(alternate(sides, repetitions), rates=True)
-        figures[f"decode_{context}"] = {"tokens_per_second": rates, **_goals(rates)}
-    say(f"{case.name}: prefill of {prefill} tokens")
-    sides = prefilling({OURS: ours(model), "mlx-lm": theirs(case.peer)}, random_prompt(model.vocab_size, prefill))
-    figures[f"prefill_{prefill}"] = beside(alternate(sides, repetitions), rates=True)
+        key = f"decode_{context}"
+        figures[key] = options.once(f"{case.name} {key}", partial(_decoded, options, case, context, new))
     return figures
 
 
-def decoding(case: Case, adapter: Arrays, prompt: list[int], new: int) -> dict[str, Seconds]:
+def _decoded(options: Options, case: Case, context: int, new: int) -> dict[str, Any]:
+    options.say(f"{case.name}: decoding after {context} tokens")
+    rates = beside(
+        alternate(decoding(case, random_prompt(case.model.vocab_size, context), new), options.repetitions), rates=True
+    )
+    better = rates["times_better"]
+    return {
+        "tokens_per_second": rates,
+        "times_mlx_lm": better["mlx-lm"]["median"],
+        "share_of_roof": better["roof"]["median"],
+        "domain_against_none": 1 / better["domain"]["median"],
+        "just_switched_against_none": 1 / better["just switched"]["median"],
+    }
+
+
+def decoding(case: Case, prompt: list[int], new: int) -> dict[str, Seconds]:
     """Tokens a second of each side; `roof` is the number of times a second that all weights can be read."""
     model = case.model
     assert isinstance(model, ContinualLLM)
+    adapter = _adapter(model, seed=1)
 
     def as_ours(adapted: bool, fused: bool) -> Seconds:
         cache = model.make_cache()
@@ -92,6 +103,7 @@ def decoding(case: Case, adapter: Arrays, prompt: list[int], new: int) -> dict[s
             reader.fuse_after = math.inf
             if fused:
                 reader.fuse()
+            settle()
             return _speed(decode(model, prompt, new + 1, Sampling(), cache=cache), new, cache, len(prompt) - 1)
 
         return once
@@ -115,6 +127,7 @@ def _as_theirs(network: Any, prompt: list[int], new: int) -> Seconds:
     cache = make_prompt_cache(network)
 
     def once() -> float:
+        settle()
         rest = mx.array(prompt[cache[0].offset :])
         tokens = (token for token, _ in generate_step(rest, network, max_tokens=new + 1, prompt_cache=cache))
         return _speed(tokens, new, cache, len(prompt) - 1)
@@ -142,23 +155,12 @@ def _roof(size: int, width: int) -> Seconds:
     mx.eval(matrix, vector)
 
     def once() -> float:
+        settle()
         started = time.perf_counter()
-        for _ in range(4):
-            mx.eval(vector @ matrix.T)
+        mx.eval([vector @ matrix.T for _ in range(4)])
         return 4 / (time.perf_counter() - started)
 
     return once
-
-
-def _goals(rates: dict[str, Any]) -> dict[str, Any]:
-    """The ratios that the goals are about, round by round."""
-    better = rates["times_better"]
-    return {
-        "times_mlx_lm": better["mlx-lm"]["median"],
-        "share_of_roof": better["roof"]["median"],
-        "domain_against_none": 1 / better["domain"]["median"],
-        "just_switched_against_none": 1 / better["just switched"]["median"],
-    }
 
 
 def primitives(case: Case) -> dict[str, Any]:
@@ -185,41 +187,45 @@ def primitives(case: Case) -> dict[str, Any]:
     return {**counts, "share": counts[OURS] / counts["mlx-lm"]}
 
 
-def switching(model: ContinualLLM, adapters: list[Arrays]) -> dict[str, Any]:
-    """Milliseconds until the first step of another domain can begin: adapters in memory, attached and opened.
+def switching(options: Options, case: Case) -> dict[str, Any]:
+    """Milliseconds until the first step under another domain can begin, and what two parts of that take.
 
-    What the base had taken off is put back, as the learner does.
+    The domains are of a store; their adapters have been read before, as those of a learner's last eight are.
     """
-    layers: list[tuple[str, lora.LoRALinear]] = []
+    options.say(f"{case.name}: switching the domain")
+    model = case.model
+    learner = ContinualLearner(model, None, case.tokenizer)
+    fill(learner, 2)
+    first, second = learner.store.domains()
 
-    def timed(before: Callable[[], None], after: Callable[[], None]) -> dict[str, Any]:
+    def to(domain: str | None) -> None:
+        learner.set_adapter(domain)
+        decoder.opened(model)
+
+    def timed(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> dict[str, Any]:
         taken = []
-        for _ in range(15):
+        for _ in range(SWITCHES):
             before()
-            decoder.opened(model)
             started = time.perf_counter()
-            after()
-            decoder.opened(model)
+            work()
             taken.append(1e3 * (time.perf_counter() - started))
         return spread(taken)
 
-    def attach(number: int) -> Callable[[], None]:
-        return lambda: lora.attach_arrays(model, adapters[number], SCALE)
-
-    def bare() -> None:
-        layers[:] = lora.detach(model)
-
-    def adapted() -> None:
-        lora.put_back(model, layers)
-        lora.attach_arrays(model, adapters[0], SCALE)
-
-    attach(0)()
+    for domain in (first, second, None):
+        to(domain)
     found = {
-        "domain_to_domain": timed(attach(0), attach(1)),
-        "domain_to_base": timed(attach(0), bare),
-        "base_to_domain": timed(bare, adapted),
+        "switching_ms": {
+            "domain_to_domain": timed(partial(to, second), partial(to, first)),
+            "domain_to_base": timed(partial(to, None), partial(to, first)),
+            "base_to_domain": timed(partial(to, first), partial(to, None)),
+        },
+        "switching_parts_ms": {
+            "asking the store for the version": timed(partial(learner.store.require, first)),
+            "opening for generation": timed(partial(decoder.opened, model), partial(decoder.release, model)),
+        },
     }
-    lora.detach(model)
+    learner.set_adapter(None)
+    decoder.release(model)
     return found
 
 

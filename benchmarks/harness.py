@@ -31,10 +31,10 @@ class Options:
     repetitions: int = REPETITIONS
     quick: bool = False
     """Small sizes, to see that it works."""
-    thorough: bool = False
-    """The longest form of what can be long: 10,000 steps instead of 2,000."""
     say: Callable[[str], None] = lambda text: None
     """Takes lines of progress."""
+    once: Callable[[str, Callable[[], Any]], Any] = lambda key, measure: measure()
+    """What a part of a benchmark measures, under its key: of an interrupted run, what was found then."""
 
 
 Seconds = Callable[[], float]

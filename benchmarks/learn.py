@@ -1,9 +1,11 @@
 """Seconds to a held-out loss: one of our lessons with its defaults, beside mlx_lm.lora with its learning rate tuned.
 
 Our lesson goes once over a text; the loss that it reaches on text of the same kind is the mark. mlx-lm's trainer gets
-the same documents and adapters of our rank in the same places, the best of `ROWS` and `RATES`, and goes on until it
-reaches the mark, at most `PATIENCE` times over the text. Seconds are those of the training steps on both sides:
-loading, measuring and saving are in neither. Settings that do not reach the mark are told.
+the same documents and adapters of our rank in the same places, the best of `ROWS` and `RATES`, and of rates beyond them
+while the best lies at an edge, and goes on until it reaches the mark, at most `PATIENCE` times over the text. Seconds
+are those of the training steps on both sides: loading, measuring and saving are in neither. What compiling takes is in
+mlx-lm's, which compiles a step for each length of a batch; our lessons compile on a GPU only. Settings that do not
+reach the mark are told.
 
     minimac-mlx bench learn [--data DIR]
 """
@@ -11,7 +13,8 @@ loading, measuring and saving are in neither. Settings that do not reach the mar
 import contextlib
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +36,15 @@ from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Windows, evaluation_windows
 
 TEXT = "medical"
-RATES = (1e-3, 2e-3, 4e-3)
-ROWS = (1, 4)
-"""What mlx-lm's settings are chosen from; 4 rows is its default."""
+RATES = (1e-3, 2e-3, 5e-4, 4e-3)
+ROWS = (4, 1)
+"""What mlx-lm's settings are chosen from, likely ones first: the others are given up when they take longer."""
+
+BEYOND = 2
+"""Rates that are tried beyond those, at most: half the lowest or twice the highest, whichever was best."""
 
 PATIENCE = 2.0
-LOOKS = 12
+LOOKS = 8
 """How often mlx-lm's loss is measured over one pass of the text; between two looks it is interpolated."""
 
 LONGEST = 512
@@ -51,6 +57,7 @@ class Plan(NamedTuple):
     measured: int
     rates: Sequence[float]
     rows: Sequence[int]
+    beyond: int
 
 
 class Setup(NamedTuple):
@@ -68,29 +75,29 @@ class Ended(Exception):
 
 def measure(options: Options) -> dict[str, Any]:
     """Tune mlx-lm, then both sides in turn, each time with another seed."""
-    plan = Plan(256, 128, (1e-2,), (1,)) if options.quick else Plan(8192, 4096, RATES, ROWS)
+    plan = Plan(256, 128, (1e-2,), (1,), 0) if options.quick else Plan(8192, 2048, RATES, ROWS, BEYOND)
     model = options.model or default_model()
     name, setup = prepared(options, model, plan)
-    mark, _ = lesson(setup, plan, seed=0)
+    mark = options.once("our lesson", lambda: lesson(setup, plan, seed=0))["loss"]
     options.say(f"{name}: our lesson reaches {mark:.4f} nats per token")
-    tried: dict[tuple[int, float], dict[str, Any]] = {}
-    for rows in plan.rows:
-        for rate in plan.rates:
-            best = min((took["seconds"] for took in tried.values() if took["reached"]), default=math.inf)
-            tried[rows, rate] = took = to_reach(setup, mark, rows, rate, seed=0, at_most=best)
-            options.say(f"mlx-lm, {rows} rows, {rate:g}: {took['loss']:.4f} after {took['seconds']:.1f} s")
-    rows, rate = min(tried, key=lambda key: (not tried[key]["reached"], *_rank(tried[key])))
-    seconds: dict[str, list[float]] = {OURS: [], "mlx-lm": []}
-    everything, marks, reached = [], [], 0
+
+    def attempt(rows: int, rate: float, at_most: float) -> dict[str, Any]:
+        key = f"mlx-lm, {rows} rows, {rate:g}"
+        took: dict[str, Any] = options.once(key, lambda: to_reach(setup, mark, rows, rate, 0, at_most))
+        options.say(f"{key}: {took['loss']:.4f} after {took['seconds']:.1f} s")
+        return took
+
+    tried = tuned(plan, attempt)
+    rows, rate = best(tried)
+    pairs = []
     for seed in range(1, options.repetitions + 1):
-        mark, figures = lesson(setup, plan, seed)
-        theirs = to_reach(setup, mark, rows, rate, seed)
-        seconds[OURS].append(figures["training_seconds"])
-        seconds["mlx-lm"].append(theirs["seconds"])
-        everything.append(figures["seconds"])
-        marks.append(mark)
-        reached += theirs["reached"]
-    compared = beside(seconds, rates=False)
+        options.say(f"both sides, {seed} of {options.repetitions}")
+        pairs.append(options.once(f"seed {seed}", partial(both, setup, plan, rows, rate, seed)))
+    ours, theirs = ([pair[side] for pair in pairs] for side in (OURS, "mlx-lm"))
+    compared = beside(
+        {OURS: [took["training_seconds"] for took in ours], "mlx-lm": [took["seconds"] for took in theirs]}, rates=False
+    )
+    reached = sum(took["reached"] for took in theirs)
     ratio = compared["times_better"]["mlx-lm"]["median"]
     note = "" if reached == options.repetitions else f" (reached in {reached} of {options.repetitions} runs: at least)"
     return {
@@ -99,10 +106,19 @@ def measure(options: Options) -> dict[str, Any]:
         "text": name,
         "figures": [row(f"seconds to a loss on {name}, against mlx_lm.lora, tuned{note}", ratio, "times", 1.5)],
         "tokens": plan.tokens,
-        "loss": spread(marks),
+        "measured_on": plan.measured,
+        "loss": spread([took["loss"] for took in ours]),
         "seconds": compared,
-        "lesson_seconds": spread(everything),
-        "mlx_lm": {"rows": rows, "learning_rate": rate, "reached": reached},
+        "lesson_seconds": spread([took["seconds"] for took in ours]),
+        "mlx_lm": {
+            "rows": rows,
+            "learning_rate": rate,
+            "reached": reached,
+            "seconds_include_compiling": True,
+            "first_steps_of_a_length": {
+                name: spread([took["first_steps"][name] for took in theirs]) for name in ("steps", "seconds")
+            },
+        },
         "tuning": [{"rows": rows, "rate": rate, **took} for (rows, rate), took in tried.items()],
     }
 
@@ -118,34 +134,74 @@ def prepared(options: Options, model: Path, plan: Plan) -> tuple[str, Setup]:
     return name, Setup(model, taught, heldout, ContinualLearningConfig(holdout=0.0))
 
 
-def lesson(setup: Setup, plan: Plan, seed: int) -> tuple[float, dict[str, Any]]:
-    """Held-out loss after one of our lessons with its defaults, and its figures."""
+def tuned(plan: Plan, attempt: Callable[[int, float, float], dict[str, Any]]) -> dict[tuple[int, float], Any]:
+    """What `attempt` found by rows and rate, given the seconds that the best needed so far."""
+    tried: dict[tuple[int, float], Any] = {}
+
+    def at(rows: int, rate: float) -> None:
+        least = min((took["seconds"] for took in tried.values() if took["reached"]), default=math.inf)
+        tried[rows, rate] = attempt(rows, rate, least)
+
+    for rows in plan.rows:
+        for rate in plan.rates:
+            at(rows, rate)
+    for _ in range(plan.beyond):
+        rows, rate = best(tried)
+        rates = [there for other, there in tried if other == rows]
+        if rate == min(rates):
+            at(rows, rate / 2)
+        elif rate == max(rates):
+            at(rows, rate * 2)
+    return tried
+
+
+def best(tried: Mapping[tuple[int, float], dict[str, Any]]) -> tuple[int, float]:
+    """Rows and rate that reached the mark first or, where none did, that came to the lowest loss."""
+    reached = {key: took["seconds"] for key, took in tried.items() if took["reached"]}
+    ranked = reached or {key: took["loss"] for key, took in tried.items()}
+    return min(ranked, key=ranked.__getitem__)
+
+
+def both(setup: Setup, plan: Plan, rows: int, rate: float, seed: int) -> dict[str, Any]:
+    """One of our lessons, and mlx-lm until it reaches the same loss."""
+    ours = lesson(setup, plan, seed)
+    return {OURS: ours, "mlx-lm": to_reach(setup, ours["loss"], rows, rate, seed)}
+
+
+def lesson(setup: Setup, plan: Plan, seed: int) -> dict[str, Any]:
+    """Held-out `loss` after one of our lessons with its defaults, its seconds in all and those of its steps."""
     config = ContinualLearningConfig(holdout=0.0, seed=seed)
     with tempfile.TemporaryDirectory() as store:
         learner = ContinualLearner.from_checkpoint(setup.model, config, store)
         windows = Windows(tokens_of(setup.taught, learner.tokenizer), learner.config.seq_len)
         budget = Budget(steps=math.ceil(min(plan.tokens / learner.config.seq_len, len(windows)) / config.batch_size))
         figures = learner.learn(setup.taught, "main", "bench", budget).as_json()
-        return loss(learner.model, setup.heldout), figures
+        taken = {name: figures[name] for name in ("seconds", "training_seconds")}
+        return {"loss": loss(learner.model, setup.heldout), **taken}
 
 
 def to_reach(setup: Setup, mark: float, rows: int, rate: float, seed: int, at_most: float = math.inf) -> dict[str, Any]:
     """Seconds of mlx-lm's steps until its held-out loss is `mark`, or all it took; its lowest loss; whether it was.
 
-    It is given up after `at_most` seconds: another setting needed no more.
+    It is given up after `at_most` seconds: another setting needed no more. `first_steps` are those that were the first
+    of their length, and so were compiled.
     """
     tokenizer = Tokenizer.load(setup.model)
     end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
     ids = [tokenizer.encode(document.text)[: LONGEST - 1] + end for document in setup.taught]
     once = math.ceil(len(ids) / min(rows, len(ids)))
     count, each = math.ceil(PATIENCE * once), max(1, once // LOOKS)
+    batches = sides.peer_batches(ids, rows, LONGEST, count, seed)
+    shapes = [batch.shape for batch, _ in batches]
     network = sides.peer_model(setup.model, ContinualLearningConfig(seed=seed))
     seen = [(0.0, loss(network, setup.heldout))]
-    total, reached = 0.0, False
+    total, reached, first = 0.0, False, []
 
     def look(step: int, seconds: float) -> None:
         nonlocal total, reached
         total += seconds
+        if shapes.index(shapes[step - 1]) == step - 1:
+            first.append(seconds)
         if step % each and step != count:
             return
         seen.append((total, loss(network, setup.heldout)))
@@ -155,20 +211,19 @@ def to_reach(setup: Setup, mark: float, rows: int, rate: float, seed: int, at_mo
             raise Ended
 
     with contextlib.suppress(Ended):
-        sides.train_peer(network, sides.peer_batches(ids, rows, LONGEST, count, seed), count, rate, look)
-    lowest = min(found for _, found in seen)
-    return {"seconds": crossing(seen, mark) if reached else total, "loss": lowest, "reached": reached}
+        sides.train_peer(network, batches, count, rate, look)
+    return {
+        "seconds": crossing(seen, mark) if reached else total,
+        "loss": min(found for _, found in seen),
+        "reached": reached,
+        "first_steps": {"steps": len(first), "seconds": sum(first)},
+    }
 
 
 def crossing(seen: Sequence[tuple[float, float]], mark: float) -> float:
     """Seconds at which the line through the last two looks (seconds, loss) falls to `mark`."""
     (before, high), (after, low) = seen[-2:]
     return after if high <= low else before + (after - before) * (high - mark) / (high - low)
-
-
-def _rank(took: dict[str, Any]) -> tuple[float, float]:
-    """Less is better: seconds where the mark was reached, the lowest loss where it was not."""
-    return (took["seconds"], 0.0) if took["reached"] else (took["loss"], 0.0)
 
 
 def loss(model: Any, text: Tokens) -> float:

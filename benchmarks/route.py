@@ -35,7 +35,7 @@ def measure(options: Options) -> dict[str, Any]:
     model = options.model or default_model()
     counts = (1, 3) if options.quick else (1, 10, 100)
     options.say(f"routing among {counts[-1]} domains, which are made first")
-    table = by_domains(str(model), counts, options.repetitions)
+    table = options.once("by domains", lambda: by_domains(str(model), counts, options.repetitions))
     first, last = (table[str(count)] for count in (counts[0], counts[-1]))
     rows = []
     for kind in ("long", "short"):

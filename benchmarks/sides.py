@@ -9,7 +9,7 @@ import contextlib
 import io
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,29 @@ def peer_batches(documents: list[list[int]], rows: int, longest: int, count: int
     dataset = [(ids, 0) for ids in documents]
     rows = min(rows, len(dataset))
     return list(islice(iterate_batches(dataset, rows, longest, loop=True, seed=seed % 2**32), count))
+
+
+def all_batches(documents: list[list[int]], rows: int, longest: int) -> list[Batch]:
+    """mlx-lm's batches of documents in one pass, from the shortest rows to the longest."""
+    count = len(documents) // min(rows, len(documents))
+    return sorted(peer_batches(documents, rows, longest, count, seed=0), key=useful)
+
+
+def spaced_turns(ordered: list[Batch], each: int, turns: int) -> list[list[Batch]]:
+    """`turns` times `each` of the batches in order, at even distances, dealt out back and forth.
+
+    So few that were drawn at random would stand for a text of shorter or longer documents than this one.
+    """
+    chosen = [ordered[int((number + 0.5) * len(ordered) / (each * turns))] for number in range(each * turns)]
+    dealt = [
+        chosen[start : start + turns][:: -1 if start // turns % 2 else 1] for start in range(0, len(chosen), turns)
+    ]
+    return [list(turn) for turn in zip(*dealt, strict=True)]
+
+
+def useful_share(batches: Sequence[Batch]) -> float:
+    """Of the targets that are computed, those that are text."""
+    return sum(map(useful, batches)) / sum(batch.size - len(batch) for batch, _ in batches)
 
 
 def useful(batch: Batch) -> int:

@@ -1,9 +1,10 @@
 """Tokens a second: decoding after 128 and 1,024 tokens of context, prefill of 512, beside mlx-lm on the same arrays.
 
-Both sides decode greedily from random prompts of one length and are timed from the first token to the last, after two
-rounds in which ours fuses the weights of what stays; prefill ends with the first token. On a Mac whose bandwidth is
-known, decoding is also told as a share of what that allows, and power where `powermetrics` may be run without a
-password.
+Both sides decode greedily from random prompts of one length and are timed from the first token to the last, ours with
+its weights fused, as they are after some fifty tokens. Prefill ends with the first token, ours from weights that are
+not fused yet, as a first prompt finds them. What each side keeps in memory beyond the weights is measured in a process
+of its own. On a Mac whose bandwidth is known, decoding is also told as a share of what that allows, and power where
+`powermetrics` may be run without a password.
 
     minimac-mlx bench tokens
 """
@@ -21,9 +22,10 @@ import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import mac
+from benchmarks import child, mac
 from benchmarks.harness import OURS, Options, Seconds, alternate, beside, peers, row
-from mlx_impl import chips
+from benchmarks.texts import library_sources
+from mlx_impl import chips, decoder
 from mlx_impl.arrays import flatten
 from mlx_impl.base import BaseModel
 from mlx_impl.config import PRESETS
@@ -32,11 +34,15 @@ from mlx_impl.foreign import open_model
 from mlx_impl.generate import Sampling, decode
 from mlx_impl.hub import default_model
 from mlx_impl.model import ContinualLLM
+from mlx_impl.tokenizer import Tokenizer
 
 CONTEXTS = (128, 1024)
 PREFILL = 512
 NEW = 32
 """Tokens decoded in a turn."""
+
+FUSED = 64
+"""Tokens after which ours has fused all its weights."""
 
 Decoder = Callable[[list[int], int], Iterator[int]]
 """New tokens after a prompt, so many at most."""
@@ -55,15 +61,19 @@ class Case(NamedTuple):
     name: str
     model: BaseModel
     peer: Any
+    tokenizer: Tokenizer
     goals: Goals
+    source: dict[str, Any]
+    """Arguments of `case_of` that open it again, in another process."""
 
 
 class Sizes(NamedTuple):
-    """Tokens before a decoded one, of a prefilled prompt, and decoded in a turn."""
+    """Tokens before a decoded one, of a prefilled prompt, decoded in a turn, and decoded while memory is measured."""
 
     contexts: tuple[int, ...]
     prefill: int
     new: int
+    remembered: int
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -71,8 +81,12 @@ def measure(options: Options) -> dict[str, Any]:
     directory = options.model or default_model()
     rows: list[dict[str, Any]] = []
     models: dict[str, Any] = {}
-    sizes = Sizes((16,), 32, 4) if options.quick else Sizes(CONTEXTS, PREFILL, NEW)
-    for case in (opened(directory), drawn("tiny", 500) if options.quick else drawn("medium", 8000)):
+    sizes = Sizes((16,), 32, 4, 4) if options.quick else Sizes(CONTEXTS, PREFILL, NEW, FUSED)
+    for source in (
+        {"directory": str(directory)},
+        {"preset": "tiny", "vocabulary": 500} if options.quick else {"preset": "medium", "vocabulary": 8000},
+    ):
+        case = case_of(**source)
         models[case.name] = figures = compared(options, case, sizes)
         rows += rows_of(case, figures, sizes)
     return {"model": directory.name, "peers": peers("mlx-lm"), "figures": rows, "models": models}
@@ -83,28 +97,45 @@ def compared(options: Options, case: Case, sizes: Sizes) -> dict[str, Any]:
     from benchmarks import decode as details  # which takes its sides from here
 
     vocabulary = case.model.vocab_size
-    decoders = {OURS: ours(case.model), "mlx-lm": theirs(case.peer)}
     found: dict[str, Any] = {}
     if isinstance(case.model, ContinualLLM):
-        found = details.detailed(case, sizes.contexts, sizes.prefill, sizes.new, options.repetitions, options.say)
+        found = details.detailed(options, case, sizes.contexts, sizes.new)
     else:
         for context in sizes.contexts:
-            options.say(f"{case.name}: decoding after {context} tokens")
-            sides = _decoding(decoders, random_prompt(vocabulary, context), sizes.new)
-            rates = beside(alternate(sides, options.repetitions), rates=True)
-            times = rates["times_better"]["mlx-lm"]["median"]
-            found[f"decode_{context}"] = {"tokens_per_second": rates, "times_mlx_lm": times}
-        options.say(f"{case.name}: prefill of {sizes.prefill} tokens")
-        sides = prefilling(decoders, random_prompt(vocabulary, sizes.prefill))
-        found[f"prefill_{sizes.prefill}"] = beside(alternate(sides, options.repetitions), rates=True)
+            key = f"decode_{context}"
+            found[key] = options.once(f"{case.name} {key}", partial(_decoded, options, case, context, sizes.new))
+    key = f"prefill_{sizes.prefill}"
+    found[key] = options.once(f"{case.name} {key}", partial(prefilled, options, case, sizes.prefill))
     for context in sizes.contexts:
-        sides = _decoding(decoders, random_prompt(vocabulary, context), sizes.new)
         at = found[f"decode_{context}"]
-        at["bytes_beyond_weights"] = {name: grown(side) for name, side in sides.items()}
+        at["bytes_beyond_weights"] = options.once(
+            f"{case.name} memory_{context}", partial(_remembered, options, case, context, sizes.remembered)
+        )
         at["share_of_bandwidth"] = of_the_limit(case.model, context, at["tokens_per_second"][OURS]["median"])
     prompt = random_prompt(vocabulary, sizes.contexts[0])
-    found["watts"] = mac.watts_while(lambda: list(decoders[OURS](prompt, sizes.new)))
+    found["watts"] = mac.watts_while(lambda: list(ours(case.model)(prompt, sizes.new)))
     return found
+
+
+def _decoded(options: Options, case: Case, context: int, new: int) -> dict[str, Any]:
+    options.say(f"{case.name}: decoding after {context} tokens")
+    sides = _decoding(case, random_prompt(case.model.vocab_size, context), new)
+    rates = beside(alternate(sides, options.repetitions), rates=True)
+    return {"tokens_per_second": rates, "times_mlx_lm": rates["times_better"]["mlx-lm"]["median"]}
+
+
+def prefilled(options: Options, case: Case, length: int) -> dict[str, Any]:
+    """Prompt tokens a second of both sides."""
+    options.say(f"{case.name}: prefill of {length} tokens")
+    sides = prefilling(case, random_prompt(case.model.vocab_size, length))
+    return beside(alternate(sides, options.repetitions), rates=True)
+
+
+def _remembered(options: Options, case: Case, context: int, new: int) -> dict[str, int]:
+    options.say(f"{case.name}: memory of decoding after {context} tokens, each in a process of its own")
+    return {
+        side: child.call(grown, source=case.source, side=side, context=context, new=new) for side in (OURS, "mlx-lm")
+    }
 
 
 def rows_of(case: Case, found: dict[str, Any], sizes: Sizes) -> list[dict[str, Any]]:
@@ -129,12 +160,16 @@ def rows_of(case: Case, found: dict[str, Any], sizes: Sizes) -> list[dict[str, A
     return rows
 
 
-def grown(work: Callable[[], Any]) -> int:
-    """Bytes of MLX's arrays at the peak, beyond those that were there before."""
-    mx.clear_cache()
+def grown(source: dict[str, Any], side: str, context: int, new: int) -> int:
+    """Bytes of MLX's arrays at the peak while one side decodes, beyond the weights: what it fuses is counted."""
+    case = case_of(**source)
+    prompt = random_prompt(case.model.vocab_size, context)
+    decoded = ours(case.model)(prompt, new) if side == OURS else theirs(case.peer)(prompt, new)
+    settle()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    work()
+    for _ in decoded:
+        pass
     return mx.get_peak_memory() - before
 
 
@@ -143,9 +178,20 @@ def of_the_limit(model: BaseModel, context: int, speed: float) -> float | None:
     machine = mac.describe()
     if machine is None or machine["bandwidth_gb_s"] is None or not isinstance(model, ContinualLLM):
         return None
-    width = compute_dtype().size
-    read = chips.bytes_per_token(model.config, 8.0 * width, context, width)
-    return speed / chips.ceiling(machine["bandwidth_gb_s"], read)
+    return speed / chips.ceiling(machine["bandwidth_gb_s"], bytes_read(model, context))
+
+
+def bytes_read(model: ContinualLLM, context: int) -> float:
+    """Bytes of weights, as they lie in memory, packed ones too, and of the cache that decoding one token reads."""
+    left_out = () if model.config.tie_embeddings else ("model.embed_tokens.",)  # one row of it is read
+    arrays = flatten(model.parameters()).items()
+    weights = sum(array.nbytes for name, array in arrays if not name.startswith(left_out))
+    return weights + chips.bytes_per_token(model.config, 0.0, context, compute_dtype().size)
+
+
+def case_of(directory: str | None = None, preset: str = "", vocabulary: int = 0) -> Case:
+    """A model directory, or a preset with random weights."""
+    return opened(Path(directory)) if directory else drawn(preset, vocabulary)
 
 
 def opened(directory: Path) -> Case:
@@ -155,15 +201,19 @@ def opened(directory: Path) -> Case:
     network, _ = load_model(directory)
     network.set_dtype(compute_dtype())
     mx.eval(network.parameters())
-    return Case(directory.name, open_model(directory, compute_dtype()), network, Goals(1.6, 0.75))
+    model = open_model(directory, compute_dtype())
+    source = {"directory": str(directory)}
+    return Case(directory.name, model, network, Tokenizer.load(directory), Goals(1.6, 0.75), source)
 
 
 def drawn(preset: str, vocabulary: int) -> Case:
-    """A preset with random weights, which both sides share."""
+    """A preset with random weights, which both sides share, and the tokenizer of a little text."""
     model = ContinualLLM(dataclasses.replace(PRESETS[preset], vocab_size=vocabulary))
     model.set_dtype(compute_dtype())
     mx.eval(model.parameters())
-    return Case(preset, model, peer_of(model), Goals(1.5, 0.85))
+    tokenizer = Tokenizer.train([document.text for document in library_sources()["topics"][:20]], min(vocabulary, 500))
+    source = {"preset": preset, "vocabulary": vocabulary}
+    return Case(preset, model, peer_of(model), tokenizer, Goals(1.5, 0.85), source)
 
 
 def peer_of(model: ContinualLLM) -> Any:
@@ -188,28 +238,44 @@ def theirs(network: Any) -> Decoder:
     return lambda prompt, new: (token for token, _ in generate_step(mx.array(prompt), network, max_tokens=new))
 
 
-def _decoding(decoders: dict[str, Decoder], prompt: list[int], new: int) -> dict[str, Seconds]:
+def settle() -> None:
+    """What a turn begins with: nothing of the turn before still runs, and no buffers of it are kept.
+
+    mlx-lm computes one token more than it yields, on a stream of its own, and frees MLX's buffers as it decodes.
+    """
+    from mlx_lm.generate import generation_stream
+
+    mx.synchronize(generation_stream)
+    mx.synchronize()
+    mx.clear_cache()
+
+
+def _decoding(case: Case, prompt: list[int], new: int) -> dict[str, Seconds]:
     """Tokens a second after the first token."""
 
     def speed(decoder: Decoder) -> float:
+        settle()
         tokens = decoder(prompt, new + 1)
         next(tokens)
         started = time.perf_counter()
         count = sum(1 for _ in tokens)
         return count / (time.perf_counter() - started)
 
-    return {name: partial(speed, decoder) for name, decoder in decoders.items()}
+    return {OURS: partial(speed, ours(case.model)), "mlx-lm": partial(speed, theirs(case.peer))}
 
 
-def prefilling(decoders: dict[str, Decoder], prompt: list[int]) -> dict[str, Seconds]:
+def prefilling(case: Case, prompt: list[int]) -> dict[str, Seconds]:
     """Prompt tokens over the time to the first new one."""
 
-    def speed(decoder: Decoder) -> float:
+    def speed(side: Decoder) -> float:
+        decoder.release(case.model)
+        settle()
+        tokens = side(prompt, 1)
         started = time.perf_counter()
-        next(decoder(prompt, 1))
+        next(tokens)
         return len(prompt) / (time.perf_counter() - started)
 
-    return {name: partial(speed, decoder) for name, decoder in decoders.items()}
+    return {OURS: partial(speed, ours(case.model)), "mlx-lm": partial(speed, theirs(case.peer))}
 
 
 def random_prompt(vocabulary: int, length: int) -> list[int]:

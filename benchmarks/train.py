@@ -2,13 +2,13 @@
 
 Useful tokens are targets that are text. mlx-lm pads the documents of a batch to the longest; we pack them into windows,
 as many of them as make the same number of tokens a batch. Both train in one process and take turns, after each shape of
-a batch has been compiled: what compiling took is told apart.
+a batch has been compiled: what compiling took is told apart. Each of mlx-lm's turns has short, middling and long ones.
 
     minimac-mlx bench train [--data DIR]
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
 # isort: split
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from benchmarks import footprint, parts, sides
 from benchmarks.harness import OURS, Options, Seconds, alternate, beside, peers, row, timed, version
 from benchmarks.texts import Sources, folder_sources, library_sources
 from mlx_impl.arrays import flatten
-from mlx_impl.config import PRESETS, ContinualLearningConfig
+from mlx_impl.config import ContinualLearningConfig
 from mlx_impl.data import tokens_of
-from mlx_impl.device import can_compile
+from mlx_impl.device import can_compile, training_dtype
 from mlx_impl.hub import default_model
 from mlx_impl.loss import loss_of
 from mlx_impl.model import ContinualLLM
@@ -38,6 +39,9 @@ RAGGED = ("math", "legal")
 LONGEST = 512
 """Tokens that mlx-lm cuts a document at; hardly any is longer."""
 
+LENGTH = 256
+"""Tokens a row of the full step: torch_ref keeps all scores and logits."""
+
 
 def measure(options: Options) -> dict[str, Any]:
     """All of it; see the rows for what is what."""
@@ -46,26 +50,32 @@ def measure(options: Options) -> dict[str, Any]:
     found: dict[str, Any] = {"model": model.name, "peers": peers("mlx-lm", "torch"), "figures": rows}
     for name, documents in ragged(options.data).items():
         options.say(f"LoRA on {name}, beside mlx-lm")
-        lora = found.setdefault("lora", {})[name] = lora_on(options, model, documents)
+        lora = options.once(f"LoRA on {name}", partial(lora_on, options, model, documents))
+        found.setdefault("lora", {})[name] = lora
         gained = lora["useful_tokens_per_second"]["times_better"]["mlx-lm"]["median"]
         rows.append(row(f"LoRA, useful tokens/s on {name}, against mlx-lm", gained, "times", 2.0))
-    options.say("full step, beside torch_ref")
-    found["full_step"] = full = full_step(options)
-    for name, ratio in full["seconds"]["times_better"].items():
-        rows.append(row(f"full training step, {full['model']}, against {name}", ratio["median"], "times", 0.8))
-    for case in parts.cases(options, model):
+    cases = parts.cases(options, model)
+    for case in cases:
+        options.say(f"full step of {case.name}, beside torch_ref")
+        full = options.once(f"full step of {case.name}", partial(full_step, options, case))
+        found.setdefault("full_step", {})[case.name] = full
+        for name, ratio in full["seconds"]["times_better"].items():
+            rows.append(row(f"full training step, {case.name}, against {name}", ratio["median"], "times", 0.8))
         options.say(f"parts of a step, {case.name}")
-        found.setdefault("parts", {})[case.name] = profile = parts.profile(case, options.repetitions)
+        profile = options.once(f"parts, {case.name}", partial(parts.profile, case, options.repetitions))
+        found.setdefault("parts", {})[case.name] = profile
         shape = f"{case.rows} x {case.length}"
         reached = profile["share_of_matmul_limit"]["median"]
         rows.append(row(f"share of the matmul limit, forward + backward, {case.name}, {shape}", reached, "share", 0.5))
+    options.say(f"parts of a LoRA step, {cases[-1].name}")
+    found["lora_parts"] = options.once("parts, LoRA", partial(parts.lora_profile, cases[-1], options.repetitions))
     options.say("peak memory, beside mlx-lm, each in a process of its own")
-    found["memory"] = memory = footprint.peaks(model, quick=options.quick)
+    found["memory"] = memory = options.once("peaks", partial(footprint.peaks, model, options.quick))
     what = f"peak memory of LoRA training at {memory['windows']}, against mlx-lm"
     rows.append(row(f"{what}: arrays of MLX", memory["mlx_peak"], "times", 0.6, at_most=True))
     rows.append(row(f"{what}: process, beyond the loaded weights", memory["process_growth"], "times"))
     options.say("host memory over many steps")
-    found["host_memory"] = flat = footprint.flat(options)
+    found["host_memory"] = flat = options.once("host memory", partial(footprint.flat, options))
     for name, samples in flat.items():
         what = f"host memory after {samples['steps']:,} steps against after {samples['settled']:,}, {name}"
         rows.append(row(what, samples["growth"], "times", 1.02, at_most=True))
@@ -90,7 +100,9 @@ def lora_on(options: Options, model: Path, documents: list[Document]) -> dict[st
     lengths = np.array([len(document) for document in ids])
     rows = max(1, round(windows * length / (lengths.mean() - 1)))
     steps = max(1, round(block / (rows * (lengths.mean() - 1))))  # of mlx-lm in a turn
-    batches = sides.peer_batches(ids, rows, LONGEST, steps * options.repetitions, seed=0)
+    every = sides.all_batches(ids, rows, LONGEST)
+    turns = sides.spaced_turns(every, steps, options.repetitions)
+    batches = [batch for turn in turns for batch in turn]
     first = list({batch.shape: (batch, lengths) for batch, lengths in batches}.values())  # one of each shape
 
     ours = sides.OurSteps(sides.taught_model(model, config), config, tokens_of(documents, tokenizer))
@@ -106,7 +118,7 @@ def lora_on(options: Options, model: Path, documents: list[Document]) -> dict[st
         for number in range(options.repetitions):
             if number % 2 == 0:
                 turn()
-            yield from batches[number * steps : (number + 1) * steps]
+            yield from turns[number]
             if number % 2:
                 turn()
 
@@ -114,29 +126,26 @@ def lora_on(options: Options, model: Path, documents: list[Document]) -> dict[st
     taken = sides.train_peer(sides.peer_model(model, config), feed, len(first) + len(batches), 1e-4)
     next(feed, None)  # the turn after the last of theirs
     theirs = []
-    for start in range(0, len(batches), steps):
-        part = slice(start, start + steps)
-        seconds = sum(taken[len(first) :][part])
-        theirs.append(sum(sides.useful(batch) for batch in batches[part]) / seconds)
-    padded = sum(batch.size - len(batch) for batch, _ in batches)
+    for number, part in enumerate(turns):
+        start = len(first) + number * steps
+        theirs.append(sum(map(sides.useful, part)) / sum(taken[start : start + steps]))
     return {
         "documents": len(ids),
         "tokens_a_document": {"mean": float(lengths.mean()), "standard_deviation": float(lengths.std())},
         "rank": config.lora_r,
         "windows": [windows, length],
         "mlx_lm_rows": rows,
-        "mlx_lm_useful_share": sum(map(sides.useful, batches)) / padded,
+        "mlx_lm_useful_share": {"measured": sides.useful_share(batches), "all": sides.useful_share(every)},
         "mlx_lm_first_steps": {"shapes": len(first), "seconds": sum(taken[: len(first)])},
         "useful_tokens_per_second": beside({OURS: mine, "mlx-lm": theirs}, rates=True),
     }
 
 
-def full_step(options: Options) -> dict[str, Any]:
+def full_step(options: Options, case: parts.Case) -> dict[str, Any]:
     """Seconds of an optimizer step over all weights, beside torch_ref from the same weights on the same batch."""
-    preset, vocabulary, rows, length = ("tiny", 500, 2, 32) if options.quick else ("medium", 8000, 4, 256)
-    config = replace(PRESETS[preset], vocab_size=vocabulary)
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1))
-    model = ContinualLLM(config)
+    model, shape = case.model, (case.rows, min(LENGTH, case.length) + 1)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape)
+    weights = model.parameters()
     sides: dict[str, Seconds] = {OURS: our_step(model, tokens)}
     failed = {}
     if version("torch"):
@@ -154,10 +163,11 @@ def full_step(options: Options) -> dict[str, Any]:
                 else:
                     sides[name] = side
     values = alternate(sides, options.repetitions)
+    model.update(weights)
     return {
-        "model": f"{preset} with {vocabulary:,} tokens",
-        "parameters": config.num_parameters(),
-        "windows": [rows, length],
+        "tokens": model.vocab_size,
+        "parameters": model.config.num_parameters(),
+        "windows": [shape[0], shape[1] - 1],
         "compiled": can_compile(),
         "seconds": beside(values, rates=False),
         "failed": failed,
@@ -166,7 +176,8 @@ def full_step(options: Options) -> dict[str, Any]:
 
 def our_step(model: ContinualLLM, tokens: np.ndarray) -> Seconds:
     """An optimizer step over all weights, as pretraining takes it: compiled where that works."""
-    stepper = Stepper(model.parameters(), AdamW(1e-4), loss_of(model), 1.0, can_compile())
+    parameters = tree_map(lambda p: p.astype(mx.float32), model.parameters())
+    stepper = Stepper(parameters, AdamW(1e-4), loss_of(model, training_dtype()), 1.0, can_compile())
     batch = mx.array(tokens.astype(np.int32)), mx.ones((tokens.shape[0], tokens.shape[1] - 1))
 
     def step() -> None:
@@ -181,16 +192,19 @@ def torch_step(model: ContinualLLM, tokens: np.ndarray, place: str) -> Seconds:
     import torch
 
     from torch_ref.model import ContinualLLM as Reference
+    from torch_ref.optim import AdamW as ReferenceAdamW
     from torch_ref.train import train_steps
 
     reference = Reference(model.config)
-    weights = flatten(model.parameters())
-    reference.load_state_dict({name: torch.tensor(np.array(array)) for name, array in weights.items()})
+    weights = {name: np.array(array.astype(mx.float32)) for name, array in flatten(model.parameters()).items()}
+    reference.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     reference.to(place)
+    settings: dict[str, Any] = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizer = ReferenceAdamW(list(reference.parameters()), 1e-4, **settings)
     batch = torch.tensor(tokens, device=place), torch.ones(tokens.shape[0], tokens.shape[1] - 1, device=place)
 
     def step() -> None:
-        train_steps(reference, [[batch]], [1e-4], weight_decay=0.1, max_grad_norm=1.0, betas=(0.9, 0.95), eps=1e-8)
+        train_steps(reference, [[batch]], [1e-4], max_grad_norm=1.0, optimizer=optimizer, **settings)
         if place == "mps":
             torch.mps.synchronize()
 

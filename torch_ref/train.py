@@ -25,6 +25,7 @@ def train_steps(
     betas: tuple[float, float],
     eps: float,
     penalty: Penalty | None = None,
+    optimizer: AdamW | None = None,
 ) -> list[float]:
     """Train what requires a gradient, one optimizer step an entry of `batches`; returns the mean losses.
 
@@ -33,11 +34,12 @@ def train_steps(
     per token, before the step's update. Dropout acts if the model is in training mode.
 
     `penalty`, of the trained parameters by name and in nats per token, adds its gradient to that of the mean loss,
-    before clipping; it is not part of the losses returned.
+    before clipping; it is not part of the losses returned. `optimizer`, one for the trained parameters in the model's
+    order, goes on with its moments and its own settings; else a new one begins.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
-    optimizer = AdamW(parameters, 0.0, betas, eps, weight_decay)
+    optimizer = optimizer or AdamW(parameters, 0.0, betas, eps, weight_decay)
     losses = []
     for batch, learning_rate in zip(batches, learning_rates, strict=True):
         loss_sum, count, gradients = _accumulated(model, parameters, batch)

@@ -7,7 +7,7 @@ import click
 from benchmarks import BENCH, REPETITIONS
 from mlx_impl.commands.inputs import model_directory
 from mlx_impl.commands.options import FOLDER, command, common
-from mlx_impl.errors import InputError
+from mlx_impl.errors import InputError, MiniMacError
 from mlx_impl.shell import emit, write
 
 
@@ -35,7 +35,6 @@ def doctor(model: Path | None, as_json: bool, quiet: bool) -> None:
     "--repetitions", type=click.IntRange(1), default=REPETITIONS, show_default=True, help="of each measurement"
 )
 @click.option("--quick", is_flag=True, help="small sizes, to see that it works: no figures to keep")
-@click.option("--thorough", is_flag=True, help="what can be long is: 10,000 steps where else 2,000")
 @common(store=False)
 def bench(
     name: str,
@@ -43,31 +42,34 @@ def bench(
     data: Path | None,
     repetitions: int,
     quick: bool,
-    thorough: bool,
     model: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Measure this machine: warmed up, repeated, mlx-lm and PyTorch in the same run, a JSON file for each NAME.
 
+    One that was interrupted goes on where it was when it is asked for again.
+
     \b
       tokens   decoding and prefill              train    LoRA and full steps, memory
-      learn    seconds to a held-out loss        route    choosing among many domains
-      startup  to the first token                curves   how costs grow
+      route    choosing among many domains       startup  to the first token
+      curves   how costs grow                    learn    seconds to a held-out loss
 
     \b
     Examples:
       minimac-mlx bench all
       minimac-mlx bench tokens --quick
     """
-    from benchmarks.bench import run as measured
+    from benchmarks.bench import run, run_all
     from benchmarks.harness import Options
     from mlx_impl.console import Reporter, bench_text
 
     with Reporter(quiet) as reporter:
-        options = Options(model_directory(model), data, repetitions, quick, thorough, reporter.say)
-        records = [measured(one, options, out) for one in (BENCH if name == "all" else [name])]
-    emit(as_json, {"benchmarks": records}, "\n\n".join(map(bench_text, records)))
+        options = Options(model_directory(model), data, repetitions, quick, reporter.say)
+        records, failed = run_all(BENCH, options, out) if name == "all" else ([run(name, options, out)], {})
+    emit(as_json, {"benchmarks": records, "failed": failed}, "\n\n".join(map(bench_text, records)))
+    if failed:
+        raise MiniMacError(f"failed: {'; '.join(f'{one}: {why}' for one, why in failed.items())}")
 
 
 @command("demo")
