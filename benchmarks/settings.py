@@ -4,6 +4,7 @@ Every setting trains on the same tokens once, and is measured on training text t
 the validation text. Resumable.
 
     python -m benchmarks.settings --data DIR [--tokens 8192] [--text medical] [--rows 1,2,4] [--rates 1e-3,2e-3,4e-3]
+    python -m benchmarks.settings --data DIR --text medical --tokens 40960 --valid --rows 1 --rates default --plain
 """
 
 import argparse
@@ -34,6 +35,9 @@ from mlx_impl.windows import Windows, evaluation_windows
 
 MEASURED = 4096
 
+PLAIN = {"lora_r": 8, "lora_alpha": 16.0, "batch_size": 4, "learning_rate": 1e-3}
+"""What --plain sets the others beside: an ordinary LoRA, of the same schedule."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the gains."""
@@ -45,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rates", default="1e-3,2e-3,4e-3", help="learning rates, numbers or default  [default: 1e-3,2e-3,4e-3]"
     )
+    parser.add_argument("--plain", action="store_true", help="beside a LoRA of rank 8, four windows a step, lr 1e-3")
     parser.add_argument("--valid", action="store_true", help="measure on NAME/valid.txt: not for choosing settings")
     parser.add_argument("--name", default="settings", help="results are written under this name")
     add_common_options(parser, "settings", quick=False)
@@ -67,30 +72,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings["measured"] = unseen.digest
     work = Work(options.work, settings)
     base = work.once("base", lambda: loss(ContinualLLM.from_checkpoint(model), unseen))
+
+    def measured(title: str, **changes: Any) -> dict[str, Any]:
+        tried = dataclasses.replace(config, **changes)
+        key = repr(sorted(dataclasses.asdict(tried).items()))
+        figures = work.once(key, partial(lesson, model, taught, unseen, tried, options.tokens))
+        gain = base - figures["loss"]
+        say(f"{title}: gains {gain:.4f} nats per token")
+        return {"gain": gain, **figures}
+
     gains = {}
     for rows in options.rows.split(","):
         for rate in options.rates.split(","):
             number = None if rate == "default" else float(rate)
-            tried = dataclasses.replace(config, batch_size=int(rows), learning_rate=number)
-            key = repr(sorted(dataclasses.asdict(tried).items()))
-            figures = work.once(key, partial(lesson, model, taught, unseen, tried, options.tokens))
-            gains[f"{rows} windows, {rate if number is None else f'{number:g}'}"] = {
-                "gain": base - figures["loss"],
-                **figures,
-            }
-            say(f"{rows} windows a step, learning rate {rate}: gains {base - figures['loss']:.4f} nats per token")
-    record(
-        options.name,
-        {
-            "model": model.name,
-            "text": name,
-            "tokens": options.tokens,
-            "base": base,
-            "config": dataclasses.asdict(config),
-        }
-        | {"settings": gains},
-        module="settings",
-    )
+            title = f"{rows} windows, {rate if number is None else f'{number:g}'}"
+            gains[title] = measured(title, batch_size=int(rows), learning_rate=number)
+    figures = {
+        "model": model.name,
+        "text": name,
+        "tokens": options.tokens,
+        "base": base,
+        "config": dataclasses.asdict(config),
+        "settings": gains,
+    }
+    if options.plain:
+        plain = measured("a plain LoRA", **PLAIN)
+        ratios = {title: found["gain"] / plain["gain"] for title, found in gains.items()}
+        figures |= {"plain": {"changes": PLAIN, **plain}, "times_plain": ratios}
+    record(options.name, figures, module="settings")
 
 
 def lesson(
