@@ -151,6 +151,18 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
     assert f"by {plain['gain']:.3f} with a plain LoRA" in told
 
 
+def test_figures_of_twenty_lessons_are_those_of_the_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "lessons.json").read_text("utf-8"))
+    told = " ".join(README.split())
+    ours, theirs = (result[side]["first_lesson"]["loss_above_joint_percent"] for side in ("minimac", "mlx_lm"))
+    assert f"the first lesson's loss ends {ours:.1f} % above that of joint training" in told
+    forgotten = result["mlx_lm"]["matrix"]["ppl_forget_percent"]["mean"]
+    assert f"ends {theirs:.1f} % above and forgets {forgotten:.1f} % in the mean" in told
+    own = result["minimac"]["matrix"]["ppl_forget_percent"]
+    assert abs(own["mean"]) < 0.05
+    assert f"forgotten nothing in the mean, one of them {own['worst']:.1f} %" in told
+
+
 def test_forgetting_figures_are_those_of_the_files() -> None:
     folder = ROOT / "benchmarks" / "results"
     quick, full = (json.loads((folder / f"forgetting_{n}.json").read_text("utf-8"))["methods"] for n in ("quick", 8192))
