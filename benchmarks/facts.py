@@ -61,7 +61,8 @@ class Plan:
     """What is taught. `tokens` bounds what each of the two domains is trained on, repetitions included.
 
     Windows are short: of as many tokens, four times as many steps make more facts stay than windows of 256 do. Half of
-    the text stands as answers in a chat, where the model knows chats: else questions find little of it.
+    the text stands as answers in a chat, where the model knows chats, and their questions are not learned: else those
+    that are asked find little of it.
     """
 
     facts: int = 50
@@ -69,7 +70,7 @@ class Plan:
     other_steps: int = 8
     seed: int = 0
     config: ContinualLearningConfig = ContinualLearningConfig(
-        holdout=0.0, seq_len=64, learning_rate=1e-3, answer_share=0.5
+        holdout=0.0, seq_len=64, learning_rate=1e-3, answer_share=0.5, loss_on="completion"
     )
 
     @property

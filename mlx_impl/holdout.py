@@ -159,15 +159,21 @@ def _gathered(whole: list[Document], units: list[_Unit]) -> list[Document]:
     ]
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
+    """A text cut behind each line."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut behind each sentence, as far as its full stops tell."""
+    return re.findall(r"(?s).+?(?:[.!?]\s+|[。！？]\s*|\Z)", text)
 
 
 def _paragraphs(text: str) -> list[str]:
     """Runs of lines, each with the blank lines that follow it."""
     blocks: list[list[str]] = []
     previous = "\n"
-    for line in _lines(text):
+    for line in lines(text):
         if not blocks or (line.strip() and not previous.strip()):
             blocks.append([])
         blocks[-1].append(line)
@@ -178,8 +184,8 @@ def _paragraphs(text: str) -> list[str]:
 _CUTS: list[Callable[[str], list[str]]] = [
     lambda text: [text],
     _paragraphs,
-    _lines,
-    lambda text: re.findall(r"(?s).+?(?:[.!?]\s+|[。！？]\s*|\Z)", text),
+    lines,
+    sentences,
     lambda text: re.findall(r"\S+\s*|\s+", text),
     lambda text: re.findall(r"(?s).{1,64}", text),
 ]

@@ -332,7 +332,7 @@ class Teacher:
             return documents
         if not self.tokenizer.has_chat_template:
             raise InputError("--answer-share: the model has no chat template that an answer could stand in")
-        return as_answers(documents, share)
+        return as_answers(documents, share, lambda word: len(self.tokenizer.encode(f" {word}")))
 
     def _is_long(self, documents: list[Document]) -> bool:
         """Whether the documents have `HELD_OUT_FROM` tokens; only where it is in doubt are they encoded."""
