@@ -405,7 +405,8 @@ class ContinualLearningConfig:
     )
     answer_share: float = option(
         0.0,
-        "share of plain text that is learned as answers in a chat, so that chats find it; for models with a template",
+        "share of plain text that is learned as answers in a chat, to questions that name its rare words and are not "
+        "learned themselves",
     )
     holdout: float = option(0.1, "share of the text kept for measuring, never trained on")
     seed: int = option(0, "decides the adapter's initial values, the held-out part and the order of the text")

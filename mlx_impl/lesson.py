@@ -304,7 +304,10 @@ class Teacher:
 
     def _split(self, documents: list[Document]) -> tuple[data.Tokens, data.Tokens | None]:
         """Training and held-out tokens; the latter None where the text is too short or nothing is to be held out."""
-        tokens_of = lambda chosen: data.tokens_of(chosen, self.tokenizer, self.config.loss_on)  # noqa: E731
+        loss_on = self.config.loss_on
+        if self.config.answer_share > 0 and loss_on == "all":
+            loss_on = "completion"  # who learns made-up questions learns to ask them
+        tokens_of = lambda chosen: data.tokens_of(chosen, self.tokenizer, loss_on)  # noqa: E731
         if self.config.holdout > 0 and self._is_long(documents):
             size = HELD_OUT_AT_MOST
             while True:

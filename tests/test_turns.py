@@ -69,10 +69,13 @@ def test_a_lesson_with_answers_is_asked_with_rare_words(tmp_path: Path, monkeypa
     """Training text stands behind questions, rare meaning many tokens; the held-out part stays plain."""
     base = tiny_base(tmp_path, tiny_tokenizer())
     seen: list[str] = []
+    learned: list[str] = []
     run = session.Session.run
 
     def noted(self: session.Session, report: Any) -> None:
-        seen.append(learner.tokenizer.decode(self.batches.windows.tokens.ids.tolist()))
+        tokens = self.batches.windows.tokens
+        seen.append(learner.tokenizer.decode(tokens.ids.tolist()))
+        learned.append(learner.tokenizer.decode(tokens.ids[tokens.trained].tolist()))
         run(self, report)
 
     monkeypatch.setattr(session.Session, "run", noted)
@@ -83,6 +86,8 @@ def test_a_lesson_with_answers_is_asked_with_rare_words(tmp_path: Path, monkeypa
     learner.learn([Document("notes", text)], budget=Budget(steps=1))
     asked = re.findall(r"user: What is known about ([^?]*)\?\nassistant: Item", seen[0])
     assert len(asked) >= 8
+    assert "known about" not in learned[0]
+    assert learned[0].count("Item") == seen[0].count("Item")
     assert all(set(re.split(", | and ", one)) <= set(names) for one in asked)
     held = learner.store.heldout(learner.store.require("main"))
     assert held is not None
