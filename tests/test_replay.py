@@ -573,7 +573,7 @@ class Comparison(RuleBasedStateMachine):
         self.ours = ReplayBuffer(LENGTH, capacity, strategy, seed)
         self.reference = torch_ref.replay.ReplayBuffer(LENGTH, capacity, strategy, seed)
         self.ledger: dict[str, dict[bytes, float]] = defaultdict(dict)
-        self.number = 1
+        self.number, self.switched = 1, False
 
     def key(self, id: bytes, importance: float) -> float:
         seed = self.reference.seed.to_bytes(8, "little")
@@ -613,6 +613,21 @@ class Comparison(RuleBasedStateMachine):
         self.ours.update_priorities(ours.rows, losses)
         self.reference.update_priorities(theirs.rows, torch.tensor(losses))
 
+    @rule(strategy=st.sampled_from(REPLAY_STRATEGIES))
+    def use(self, strategy: str) -> None:
+        """The ledger goes on with what is held; for all that was turned away the threshold stands."""
+        together = "reservoir" in (self.ours._index.strategy, strategy) and self.ours._index.strategy != strategy
+        self.ours.use(strategy)
+        self.reference.use(strategy)
+        if together:
+            self.switched = True
+            self.ledger.clear()
+            for row in self.ours.rows():
+                self.ledger["" if strategy == "reservoir" else row.source][row.id] = self.key(row.id, row.importance)
+            for name, pool in self.ours._index.pools.items():
+                if pool.threshold < math.inf:
+                    self.ledger[name][b"turned away"] = pool.threshold
+
     @rule(swap=st.booleans())
     def restart(self, swap: bool) -> None:
         """A state restores on either side."""
@@ -642,7 +657,7 @@ class Comparison(RuleBasedStateMachine):
         largest = max((len(pool.heap) for pool in pools.values()), default=0)
         for name, pool in pools.items():
             cut = len(self.ledger[name]) > len(pool.heap)
-            assert not cut or len(pool.heap) >= largest - 1
+            assert not cut or len(pool.heap) >= largest - 1 or self.switched
             if not cut:
                 assert pool.threshold == math.inf
 

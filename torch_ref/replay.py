@@ -178,6 +178,18 @@ class ReplayBuffer:
             self.thresholds[largest] = min(self.thresholds[largest], -key)
             self._remove(loser)
 
+    def use(self, strategy: str) -> None:
+        """Another strategy from now on; one reservoir takes of several the rows whose keys are below all thresholds."""
+        if (strategy == "reservoir") == (self.strategy == "reservoir"):
+            self.strategy = strategy
+            return
+        lowest = min(self.thresholds.values(), default=math.inf)
+        self.strategy = strategy
+        self.thresholds = {self._pool(lesson): lowest for lesson in self.lessons}
+        losers = [one for pool in self._pools().values() for one in sorted(pool) if -one[0] >= lowest]
+        for _, loser in losers:
+            self._remove(loser)
+
     # -- drawing -------------------------------------------------------------------------------------------------
 
     def sample(self, count: int, excluding: int | None = None) -> Sample:
