@@ -167,9 +167,21 @@ def test_bad_folders(tmp_path: Path, home: Path, file: str, content: bytes | Non
     assert not (home / "models").exists() or leftovers(home) == []
 
 
-@pytest.mark.parametrize("source", ["no-such-file.gguf", "/no/such/folder", "a/b/c", "../x", "x y/z"])
-def test_sources_that_are_nothing(home: Path, source: str) -> None:
-    with pytest.raises(InputError, match=r"neither a \.gguf or \.whl file"):
+NEITHER = r"neither a \.gguf or \.whl file"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("no-such-file.gguf", "no-such-file.gguf: no such file"),
+        ("/no/such/folder", NEITHER),
+        ("a/b/c", NEITHER),
+        ("../x", NEITHER),
+        ("x y/z", NEITHER),
+    ],
+)
+def test_sources_that_are_nothing(home: Path, source: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         pull.pull(source, home)
 
 
