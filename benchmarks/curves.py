@@ -23,7 +23,7 @@ import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
 # isort: split
 import mlx.core as mx
 
-from benchmarks import REPETITIONS, child, replay, route, tokens
+from benchmarks import REPETITIONS, cases, child, replay, route
 from benchmarks.filled import fill
 from benchmarks.harness import Options, row, spread
 from benchmarks.texts import library_sources
@@ -158,7 +158,7 @@ def sampling(model: str, counts: Sequence[int]) -> Curve:
 def decoding(model: str, counts: Sequence[int]) -> Curve:
     """Milliseconds a token after so many tokens of context, as far as the model's own goes; bytes of MLX's arrays."""
     opened = open_model(Path(model), compute_dtype())
-    decoder = tokens.ours(opened)
+    decoder = cases.ours(opened)
     list(decoder([0], WARM))  # what stays is fused
     curve: Curve = {}
     for context in counts:
@@ -166,7 +166,7 @@ def decoding(model: str, counts: Sequence[int]) -> Curve:
             continue
         mx.clear_cache()
         mx.reset_peak_memory()
-        stream = decoder(tokens.random_prompt(opened.vocab_size, context), NEW + 1)
+        stream = decoder(cases.random_prompt(opened.vocab_size, context), NEW + 1)
         next(stream)
         times = list(_intervals(stream))
         curve[str(context)] = {"ms": 1e3 * spread(times)["median"], "bytes": mx.get_peak_memory()}

@@ -22,11 +22,11 @@ import mlx_impl  # noqa: F401  before MLX, for the fast BLAS
 # isort: split
 import mlx.core as mx
 
+from benchmarks.cases import PREFILL, Case, drawn, opened, prefilled, random_prompt, settle
 from benchmarks.common import record
 from benchmarks.filled import fill
 from benchmarks.harness import OURS, Options, Seconds, alternate, beside, spread
 from benchmarks.resume import say
-from benchmarks.tokens import PREFILL, Case, drawn, opened, prefilled, random_prompt, settle
 from mlx_impl import decoder, lora
 from mlx_impl.arrays import Arrays, flatten
 from mlx_impl.device import compute_dtype

@@ -24,6 +24,7 @@ import cli
 from benchmarks import (
     BENCH,
     bench,
+    cases,
     child,
     curves,
     decode,
@@ -382,11 +383,11 @@ def test_every_turn_begins_when_the_one_before_has_ended(monkeypatch: pytest.Mon
 
     waited: list[Any] = []
     monkeypatch.setattr(mx, "synchronize", lambda stream=None: waited.append(stream))
-    tokens.settle()
+    cases.settle()
     assert waited == [generation_stream, None]
-    case = tokens.drawn("tiny", 500)
-    prompt = tokens.random_prompt(500, 20)
-    for turns in (tokens._decoding(case, prompt, 2), tokens.prefilling(case, prompt), decode.decoding(case, prompt, 2)):
+    case = cases.drawn("tiny", 500)
+    prompt = cases.random_prompt(500, 20)
+    for turns in (tokens._decoding(case, prompt, 2), cases.prefilling(case, prompt), decode.decoding(case, prompt, 2)):
         for name, turn in turns.items():
             waited.clear()
             assert turn() > 0
@@ -394,10 +395,10 @@ def test_every_turn_begins_when_the_one_before_has_ended(monkeypatch: pytest.Mon
 
 
 def test_a_first_prompt_finds_nothing_fused() -> None:
-    case = tokens.drawn("tiny", 500)
+    case = cases.drawn("tiny", 500)
     reader: Any = decoder.opened(case.model)
     reader.fuse()
-    tokens.prefilling(case, tokens.random_prompt(500, 20))[OURS]()
+    cases.prefilling(case, cases.random_prompt(500, 20))[OURS]()
     assert isinstance(case.model, ContinualLLM)
     assert case.model.reader is not reader
     assert case.model.reader._fused == 0
@@ -406,7 +407,7 @@ def test_a_first_prompt_finds_nothing_fused() -> None:
 def test_memory_of_decoding_counts_what_is_fused() -> None:
     source = {"preset": "tiny", "vocabulary": 500}
     before, after = (tokens.grown(source, OURS, 16, new) for new in (4, tokens.FUSED))
-    model = tokens.drawn(**source).model
+    model = cases.drawn(**source).model
     names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     fused = sum(array.nbytes for name, array in _arrays(model) if name.split(".")[-2] in names)
     assert after - before == pytest.approx(fused, rel=0.2)
@@ -417,7 +418,7 @@ def test_a_switch_is_the_learners_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     require = Store.require
     monkeypatch.setattr(Store, "require", lambda self, domain: asked.append(domain) or require(self, domain))  # type: ignore[func-returns-value]
-    case = tokens.drawn("tiny", 500)
+    case = cases.drawn("tiny", 500)
     before = {name: np.array(array) for name, array in _arrays(case.model)}
     found = decode.switching(Options(quick=True), case)
     assert set(found["switching_ms"]) == {"domain_to_domain", "domain_to_base", "base_to_domain"}
@@ -428,9 +429,9 @@ def test_a_switch_is_the_learners_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_decoders_take_the_same_prompts() -> None:
-    case = tokens.drawn("tiny", 500)
+    case = cases.drawn("tiny", 500)
     prompt = list(range(20))
-    ours, theirs = list(tokens.ours(case.model)(prompt, 6)), list(tokens.theirs(case.peer)(prompt, 6))
+    ours, theirs = list(cases.ours(case.model)(prompt, 6)), list(cases.theirs(case.peer)(prompt, 6))
     assert len(ours) == 6
     assert ours == theirs
 
