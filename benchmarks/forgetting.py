@@ -98,7 +98,9 @@ METHODS = {
     "ewc": _shared("EWC", 0.0, True),
     "replay10": _shared("replay 10 %", 0.1, False),
     "tokens+ewc": _shared("replay 50 % of the tokens + EWC", 0.5, True, **TOKENS),
-    "tokens+ewc+distill": _shared("replay 50 % of the tokens + EWC, distilled", 0.5, True, **TOKENS, distill_weight=0.5),
+    "tokens+ewc+distill": _shared(
+        "replay 50 % of the tokens + EWC, distilled", 0.5, True, **TOKENS, distill_weight=0.5
+    ),
     "joint": Method("all at once", "joint"),
 }
 """In the order of running: those that the others are compared with come first."""
