@@ -163,6 +163,21 @@ def test_figures_of_twenty_lessons_are_those_of_the_file() -> None:
     assert f"forgotten nothing in the mean, one of them {own['worst']:.1f} %" in told
 
 
+def test_figures_of_invented_facts_are_those_of_the_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "facts.json").read_text("utf-8"))
+    told = " ".join(README.split())
+
+    def right(stage: str) -> str:
+        found = [result["stages"][stage][kind]["right"] for kind in ("trained", "unseen", "chat")]
+        return "{}, {} and {}".format(*found)
+
+    assert f"after one lesson {right('facts, after')} of 50 are right" in told
+    assert f"with chat rows among the text {right('facts-chat, after')};" in told
+    assert f"one more lesson in the same domain {right('facts, after another lesson in it')}." in told
+    assert f"as fit into its prompt, gets {right('in the prompt')}." in told
+    assert result["unchanged_by_other_domains"] is True
+
+
 def test_forgetting_figures_are_those_of_the_files() -> None:
     folder = ROOT / "benchmarks" / "results"
     quick, full = (json.loads((folder / f"forgetting_{n}.json").read_text("utf-8"))["methods"] for n in ("quick", 8192))
