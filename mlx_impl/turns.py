@@ -51,7 +51,9 @@ def question(text: str, rarity: Callable[[str], int]) -> str:
         words = re.findall(r"[^\W\d_][\w'-]*", sentence)
         if words and (rarest := max(words, key=rarity)) not in named:
             named.append(rarest)
-    *others, last = named[:MOST_NAMED] or ["this"]
+        if len(named) == MOST_NAMED:
+            break
+    *others, last = named or ["this"]
     return f"What is known about {', '.join(others)}{' and ' if others else ''}{last}?"
 
 

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from lessons import tiny_base, tiny_tokenizer
 
-from benchmarks import facts, lessons, texts
+from benchmarks import facts, lessons, settings, texts
 from benchmarks.invented import RELATIONS, chats, invent, passages, probes, summary
 from benchmarks.resume import Work, lesson_settings
 from mlx_impl.config import Budget, ContinualLearningConfig, ModelConfig
@@ -174,6 +174,22 @@ def test_settings_come_from_name_and_value() -> None:
         lesson_settings(["learning_rate"], base)
     with pytest.raises(InputError, match="lr \\(unknown\\)"):
         lesson_settings(["lr=1"], base)
+
+
+def test_settings_are_set_beside_a_plain_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same run and on the same tokens; the ratio is that of the two gains."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(settings, "record", lambda name, figures, module: found.update(figures, name=name))
+    base = reading_base(tmp_path, 4)
+    asked = ["--tokens", "512", "--rows", "1", "--rates", "default", "--set", "seq_len=32", "--plain"]
+    settings.main([*asked, "--model", str(base), "--work", str(tmp_path / "work"), "--name", "mine"])
+    (ours,), plain = found["settings"].values(), found["plain"]
+    assert (found["name"], plain["changes"]) == ("mine", settings.PLAIN)
+    assert (ours["steps"], plain["steps"]) == (16, 4)
+    assert ours["tokens"] == plain["tokens"]
+    assert ours["gain"] == pytest.approx(found["base"] - ours["loss"])
+    assert found["times_plain"] == {"1 windows, default": ours["gain"] / plain["gain"]}
+    assert ours["loss"] != plain["loss"]
 
 
 def test_work_is_done_once_under_the_same_settings(tmp_path: Path) -> None:
