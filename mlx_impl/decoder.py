@@ -9,9 +9,10 @@ primitives: softmax attention of one query took 0.3 to 0.8 ms a layer, this take
 Letters: T tokens, S cached tokens, D model width, H query heads, K key/value heads, d head width, V vocabulary.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -31,7 +32,7 @@ FUSE_AFTER = 16
 SHORT = 256
 """Cached tokens up to which MLX's softmax is as fast on a CPU as powers, in fewer operations."""
 
-_E, _INVERSE_E = mx.array(math.e), mx.array(1 / math.e)  # MLX's power takes a third of the time of its exp
+_E = mx.array(math.e)  # MLX's power takes a third of the time of its exp
 
 
 class Reader(Protocol):
@@ -63,18 +64,21 @@ def release(model: BaseModel) -> None:
         model.reader = None
 
 
+_TREES = (dict, list)
+
+
 def _made_of(model: ContinualLLM) -> list[Any]:
     """The arrays of a model and the scales of its adapter: what its logits depend on."""
     found: list[Any] = []
 
     def collect(tree: Any) -> None:
+        if isinstance(tree, LoRALinear):
+            found.append(tree.scale)
         for value in tree.values() if isinstance(tree, dict) else tree:
             if isinstance(value, mx.array):
                 found.append(value)
-            elif isinstance(value, dict | list):
+            elif isinstance(value, _TREES):
                 collect(value)
-        if isinstance(tree, LoRALinear):
-            found.append(tree.scale)
 
     collect(model)  # a module is a dictionary; its own parameters() takes ten times as long
     return found
@@ -98,7 +102,8 @@ class OpenedModel:
         head = model.head_weight
         packed = self._embedding.as_linear if config.tie_embeddings else model.lm_head
         self._head: Callable[[mx.array], mx.array] = packed if head is None else partial(_product, head.T)
-        self._layers = [_Layer(block, config) for block in model.layers]
+        gating = mx.full((1, config.d_ff), 1 / math.e), mx.ones((1, config.d_ff))
+        self._layers = [_Layer(block, config, gating) for block in model.layers]
         self._rotation = _Rotation(config)
         self._steps = self._fused = 0
         arrays = sum(array.nbytes for array in made_of if isinstance(array, mx.array))
@@ -109,10 +114,10 @@ class OpenedModel:
         """Final hidden states (1, T, D) of tokens (1, T), after those in the cache."""
         x = self._embedding(tokens)  # (1, T, D)
         if tokens.shape[1] == 1 and kernels.on_cpu() and x.dtype == mx.float32:
-            turn = self._rotation.matrix(cache[0].offset)
+            turn, x = self._rotation.matrix(cache[0].offset), x[0]
             for layer, held in zip(self._layers, cache, strict=True):
                 x = layer.one(x, turn, held)
-            return self._norm.one(x)
+            return self._norm.one(x)[None]
         mask = cache[0].mask(tokens.shape[1])
         for layer, held in zip(self._layers, cache, strict=True):
             x = layer.many(x, mask, held)
@@ -136,64 +141,90 @@ class OpenedModel:
 class _Layer:
     """A transformer layer for one text."""
 
-    def __init__(self, block: Block, config: ModelConfig) -> None:
+    def __init__(self, block: Block, config: ModelConfig, gating: tuple[mx.array, mx.array]) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self._norms = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj, norm=block.input_layernorm)
+        self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj, norm=block.post_attention_layernorm)
         self._out, self._down = _Joined(attention.o_proj), _Joined(mlp.down_proj)
-        self._gate_up = _Joined(mlp.gate_proj, mlp.up_proj)
         self._rope, self._scale = attention.rope, attention.scale
+        self._gating = gating  # rows (1, F) of 1 / e and of 1: one number would be stretched in an operation of its own
         self._heads, self._kv_heads, self._width = config.num_query_heads, config.num_kv_heads, config.head_width
 
     def fuse(self) -> None:
         """From now on one matrix for what has one input."""
-        for joined in (self._qkv, self._out, self._gate_up, self._down):
+        self._scale = self._qkv.fuse(first=self._scale)
+        for joined in (self._out, self._gate_up, self._down):
             joined.fuse()
 
     def many(self, x: mx.array, mask: Mask, cache: Cache) -> mx.array:
         """(1, T, D) -> (1, T, D): the operations of `model.Block`, of joined projections."""
         H, K, d = self._heads, self._kv_heads, self._width
         T = x.shape[1]
-        joined = self._qkv(self._norms[0](x)).reshape(1, T, H + 2 * K, d).swapaxes(1, 2)  # (1, H + 2K, T, d)
+        joined = self._qkv(x).reshape(1, T, H + 2 * K, d).swapaxes(1, 2)  # (1, H + 2K, T, d)
         turned, values = mx.split(joined, [H + K], axis=1)
         q, keys = mx.split(self._rope(turned, offset=cache.offset), [H], axis=1)
         keys, values = cache.update(keys, values)  # (1, K, S, d)
         out = kernels.attention(q, keys, values, self._scale, mask)  # (1, H, T, d)
         x = self._out(out.swapaxes(1, 2).reshape(1, T, H * d), x)
-        gate, up = mx.split(self._gate_up(self._norms[1](x)), 2, axis=-1)
+        gate, up = mx.split(self._gate_up(x), 2, axis=-1)
         return self._down(_gated(gate, up), x)
 
-    def one(self, x: mx.array, turn: tuple[mx.array, mx.array], cache: Cache) -> mx.array:
-        """(1, 1, D) -> (1, 1, D) on a CPU; `turn` is what `_Rotation.matrix` gives."""
+    def one(self, x: mx.array, turn: mx.array, cache: Cache) -> mx.array:
+        """(1, D) -> (1, D) on a CPU; `turn` is what `_Rotation.matrix` gives."""
         H, K, d = self._heads, self._kv_heads, self._width
-        joined = self._qkv(self._norms[0].one(x))  # (1, 1, (H + 2K) d)
-        q, keys, values = mx.split(joined, [H * d, (H + K) * d], axis=-1)
-        q = q.reshape(1, K, H // K, d) @ turn[0]  # query heads that share a key are the rows of one product
-        keys, values = cache.update(keys.reshape(1, K, 1, d) @ turn[1], values.reshape(1, K, 1, d))
-        out = _attention(q, keys, values)  # (1, K, H / K, d)
-        x = self._out(out.reshape(1, 1, H * d), x)
-        gate, up = mx.split(self._gate_up(self._norms[1].one(x)), 2, axis=-1)
-        return self._down(gate * up / (1 + mx.power(_INVERSE_E, gate)), x)
+        turned, values = mx.split(self._qkv.one(x), [(H + K) * d], axis=-1)
+        q, keys = mx.split(turned.reshape(H + K, d) @ turn, [H])
+        q = q if self._scale == 1 else self._scale * q
+        keys, values = cache.update(keys.reshape(1, K, 1, d), values.reshape(1, K, 1, d))
+        # Query heads that share a key are the rows of one product.
+        out = _attention(q.reshape(1, K, H // K, d), keys, values)  # (1, K, H / K, d)
+        x = self._out.one(out.reshape(1, H * d), x)
+        gate, up = mx.split(self._gate_up.one(x), 2, axis=-1)
+        inverse_e, one = self._gating
+        return self._down.one(gate * up / (one + mx.power(inverse_e, gate)), x)
 
 
 class _Joined:
-    """Linear layers of one input, their outputs side by side: (1, T, in) -> (1, T, sum of out)."""
+    """Linear layers of one input, their outputs side by side, and the norm before them where there is one.
 
-    def __init__(self, *layers: nn.Module) -> None:
+    (1, T, in) or (T, in) -> the same with the sum of out.
+    """
+
+    def __init__(self, *layers: nn.Module, norm: nn.RMSNorm | None = None) -> None:
         self._layers = layers
+        self._norm = norm and _Norm(norm)
         self._weight: mx.array | None = None  # (in, sum of out), a transposed view, once fused
         self._bias: mx.array | None = None
 
-    def fuse(self) -> None:
-        """Make one matrix of them, adapters merged in float32; packed layers stay as they are."""
+    def fuse(self, first: float = 1.0) -> float:
+        """Make one matrix of them, adapters merged in float32; packed layers stay as they are.
+
+        In float32 the norm's weights become part of it, and `first`, a factor of the first layer's outputs. Returns the
+        factor that is left to do: in 16 bits, where each such product is rounded, that is all of it.
+        """
         plain = [layer.fuse() if isinstance(layer, LoRALinear) else layer for layer in self._layers]
         bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in self._layers]
-        if all(isinstance(base, nn.Linear) for base in bases):
-            self._weight = _stacked([layer.weight for layer in plain]).T
-            self._bias = _stacked([layer.bias for layer in plain]) if "bias" in plain[0] else None
+        if not all(isinstance(base, nn.Linear) for base in bases):
+            return first
+        weights, biases = ([layer[name] for layer in plain if name in layer] for name in ("weight", "bias"))
+        if exact := all(weight.dtype == mx.float32 for weight in weights):
+            if first != 1:
+                weights[0], biases[:1] = first * weights[0], [first * bias for bias in biases[:1]]
+            if self._norm:
+                weights, self._norm = [weight * self._norm.weight for weight in weights], self._norm.without_weight()
+        self._weight = _stacked(weights).T
+        self._bias = _stacked(biases) if biases else None
+        return 1.0 if exact else first
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         """The outputs, added to `onto` where it is given."""
+        return self._product(self._norm(x) if self._norm else x, onto)
+
+    def one(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        """The same of a row (1, in), on a CPU."""
+        return self._product(self._norm.one(x) if self._norm else x, onto)
+
+    def _product(self, x: mx.array, onto: mx.array | None) -> mx.array:
         if self._weight is None:
             out = [layer(x) for layer in self._layers]
             joined = out[0] if len(out) == 1 else mx.concatenate(out, axis=-1)
@@ -211,20 +242,32 @@ def _product(weight: mx.array, x: mx.array) -> mx.array:
 
 
 class _Norm:
-    """RMS normalisation x / sqrt(mean(x^2) + eps) * weight."""
+    """RMS normalisation x / sqrt(mean(x^2) + eps) * weight; a weight of None counts as ones."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
-        self._weight, self._eps = norm.weight, norm.eps
-        self._least = mx.array([[[norm.eps]]])
-        self._share = 1 / norm.weight.size
+        self.weight: mx.array | None = norm.weight
+        self._eps, self._share = norm.eps, 1 / norm.weight.size
+        self._least = _least(norm.eps)
+
+    def without_weight(self) -> "_Norm":
+        """What is left where the weight is done elsewhere."""
+        bare = copy.copy(self)
+        bare.weight = None
+        return bare
 
     def __call__(self, x: mx.array) -> mx.array:
         """(1, T, D) -> (1, T, D)."""
-        return mx.fast.rms_norm(x, self._weight, self._eps)
+        return mx.fast.rms_norm(x, self.weight, self._eps)
 
     def one(self, x: mx.array) -> mx.array:
-        """(1, 1, D) -> (1, 1, D) in a third of the time on a CPU: the mean is a product of x with itself."""
-        return x * mx.rsqrt(mx.addmm(self._least, x, x.swapaxes(1, 2), alpha=self._share)) * self._weight
+        """(1, D) -> (1, D) in a third of the time on a CPU: the mean is a product of x with itself."""
+        scaled = mx.rsqrt(mx.addmm(self._least, x, x.T, alpha=self._share)) @ x
+        return scaled if self.weight is None else scaled * self.weight
+
+
+@lru_cache
+def _least(eps: float) -> mx.array:
+    return mx.array([[eps]])
 
 
 class _Rotation:
@@ -239,13 +282,11 @@ class _Rotation:
         self._speeds = mx.concatenate([speeds, speeds])  # (d,), radians a position
         self._same = mx.eye(width)
         self._other = mx.eye(width, k=half) - mx.eye(width, k=-half)  # x @ it is (-second half, first half)
-        self._scale = width**-0.5
 
-    def matrix(self, position: int) -> tuple[mx.array, mx.array]:
-        """Two (d, d): for queries, with attention's scale in it, and for keys."""
+    def matrix(self, position: int) -> mx.array:
+        """(d, d): what turns the heads at a position."""
         angles = position * self._speeds
-        turn = self._same * mx.cos(angles) + self._other * mx.sin(angles)
-        return turn * self._scale, turn
+        return self._same * mx.cos(angles) + self._other * mx.sin(angles)
 
 
 def _attention(q: mx.array, keys: mx.array, values: mx.array) -> mx.array:

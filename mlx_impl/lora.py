@@ -7,7 +7,7 @@ Adapter arrays are float32 whatever the base's dtype.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,14 +133,13 @@ def attach_arrays(model: BaseModel, arrays: Mapping[str, mx.array], scale: float
 def detach(model: BaseModel) -> list[tuple[str, LoRALinear]]:
     """Take the adapter off, and return its layers; the base's modules and arrays are those from before, untouched."""
     layers = lora_layers(model)
-    if layers:
-        model.update_modules(tree_unflatten([(path, layer.linear) for path, layer in layers]))
+    _place(model, [(path, layer.linear) for path, layer in layers])
     return layers
 
 
 def put_back(model: BaseModel, layers: list[tuple[str, LoRALinear]]) -> None:
     """Attach layers that `detach` took off this model, as they were; making new ones takes ten times as long."""
-    model.update_modules(tree_unflatten(layers))
+    _place(model, layers)
 
 
 @contextlib.contextmanager
@@ -155,9 +154,7 @@ def bare(model: BaseModel) -> Iterator[None]:
 
 def fuse(model: BaseModel) -> None:
     """Replace every adapted layer by its fused copy. The base's own arrays are not changed, only left."""
-    fused = [(path, module.fuse()) for path, module in lora_layers(model)]
-    if fused:
-        model.update_modules(tree_unflatten(fused))
+    _place(model, [(path, module.fuse()) for path, module in lora_layers(model)])
 
 
 def lora_layers(model: BaseModel) -> list[tuple[str, LoRALinear]]:
@@ -182,16 +179,16 @@ def _exchange(
     """Give attached layers other arrays and another scale, where they are of the same layers; else change nothing."""
     if not layers or len(arrays) != 2 * len(layers):
         return False
+    changed = []
     for path, layer in layers:
         a, b = arrays.get(f"{path}.lora_a"), arrays.get(f"{path}.lora_b")
         if a is None or b is None or layer.rate != dropout:
             return False
         if a.shape != layer["lora_a"].shape or b.shape != layer["lora_b"].shape:
             return False
-    for path, layer in layers:
-        for name in ("lora_a", "lora_b"):
-            layer[name] = _float32(arrays[f"{path}.{name}"])
-        layer.scale = scale
+        changed.append((layer, _float32(a), _float32(b)))
+    for layer, a, b in changed:
+        layer["lora_a"], layer["lora_b"], layer.scale = a, b, scale
     return True
 
 
@@ -210,9 +207,23 @@ def num_parameters(arrays: Mapping[str, mx.array]) -> int:
 
 def _swap(model: BaseModel, layers: list[tuple[str, LoRALinear]]) -> None:
     model.freeze()
-    model.update_modules(tree_unflatten(layers))
+    _place(model, layers)
     for _, layer in layers:
         layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+
+
+def _place(model: BaseModel, layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Put modules in the places of others, by path; `update_modules` takes five times as long."""
+    if not isinstance(model, nn.Module):
+        if layers:
+            model.update_modules(tree_unflatten(list(layers)))
+        return
+    for path, layer in layers:
+        *parents, name = path.split(".")
+        place: Any = model
+        for parent in parents:
+            place = place[int(parent) if isinstance(place, list) else parent]
+        place[int(name) if isinstance(place, list) else name] = layer
 
 
 def _float32(array: mx.array) -> mx.array:
