@@ -60,6 +60,7 @@ def seconds_of(command: Sequence[str], to_the_end: bool = False) -> float:
     """Seconds from starting a program to its first byte on stdout, or to its end; MiniMacError if it fails."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program is compiled once, and not at every start
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     process.stdout.read(1)

@@ -24,9 +24,14 @@ TEMPORARY = ".tmp-"
 REPLACED = ".old-"
 
 
+def home_path() -> Path:
+    """Where `home` is, or would be."""
+    return Path(os.environ.get("MINIMAC_HOME") or Path.home() / ".minimac-mlx").expanduser()
+
+
 def home() -> Path:
     """The folder that holds pulled models and caches: `MINIMAC_HOME`, else `~/.minimac-mlx`, mode 0700."""
-    folder = Path(os.environ.get("MINIMAC_HOME") or Path.home() / ".minimac-mlx").expanduser()
+    folder = home_path()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 

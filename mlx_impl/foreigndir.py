@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_impl import hashes
 from mlx_impl.config import MAX_LAYERS
 from mlx_impl.errors import DamagedFileError, InputError, printable, shown
 from mlx_impl.files import read_json
@@ -58,5 +59,5 @@ def checked_tensors(directory: Path) -> dict[str, TensorInfo]:
     if others:
         raise InputError(f"{directory}: {', '.join(others)} would be read too, and is no part of the model; move it")
     if (directory / MANIFEST).is_file():
-        verify_manifest(directory)
+        verify_manifest(directory, hashes.sha256)
     return validate_safetensors(files, integers=True)

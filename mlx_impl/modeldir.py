@@ -9,13 +9,14 @@ safetensors reader notices: a flipped bit in the data.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from convert.names import is_dropped
+from mlx_impl import hashes
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError, listed
 from mlx_impl.files import atomic_folder, read_json, sha256, write_json
@@ -134,7 +135,7 @@ def checked_tensors(
     """As `checked_weights`; says where each tensor of the model lies (see `read_dense`)."""
     files = weight_files(directory)
     if (directory / MANIFEST).is_file():
-        verify_manifest(directory)
+        verify_manifest(directory, hashes.sha256)
     expected = expected_shapes(config)
     if quantization is None:
         return validate_safetensors(files, expected)
@@ -420,8 +421,8 @@ def write_manifest(
     return manifest
 
 
-def verify_manifest(directory: Path) -> dict[str, Any]:
-    """Hash every file that `minimac.json` lists and return the manifest.
+def verify_manifest(directory: Path, sha256: Callable[[Path], str] = sha256) -> dict[str, Any]:
+    """Hash every file that `minimac.json` lists and return the manifest; `hashes.sha256` remembers what it found.
 
     Raises DamagedFileError naming all files that changed or are gone, InputError where there is no manifest.
     Files that it does not list are not looked at.
@@ -450,9 +451,9 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
 def identity(directory: Path) -> str:
     """Sha256 that names a base model: over its configuration and weights, not its name or other files.
 
-    The manifest's hashes are taken where there is one; whoever loads the weights compares them.
+    The manifest's hashes are taken where there is one; whoever loads the weights compares them. Others are remembered.
     """
     listed = read_json(directory / MANIFEST)["files"] if (directory / MANIFEST).is_file() else {}
     names = [CONFIG, *(path.name for path in weight_files(directory))]
-    digests = [[name, listed.get(name) or sha256(directory / name)] for name in names]
+    digests = [[name, listed.get(name) or hashes.sha256(directory / name)] for name in names]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

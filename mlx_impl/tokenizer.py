@@ -56,21 +56,22 @@ class Tokenizer:
             **state["model"]["vocab"],
             **{token["content"]: token["id"] for token in state["added_tokens"]},
         }
-        _mark_special(state["added_tokens"], ids, set(self._named.values()))
+        marked = _mark_special(state["added_tokens"], ids, set(self._named.values()))
         self._specials = {t["content"]: t for t in state["added_tokens"] if t["special"]}
         self._special_pattern = _special_pattern(self._specials.values())
         framed: list[int] = []
         if model is not None:
             self._encode, self._encode_later = (_sentencepiece_encoder(m, where) for m in (model.first, model.later))
         elif self._model is None:
-            self._encode, self._encode_later, framed = _tokenizers_encoders(state, self._config, where)
+            written = text if not marked else json.dumps(state, ensure_ascii=False)
+            self._encode, self._encode_later, framed = _tokenizers_encoders(written, self._config, where)
         else:
             self._encode = self._encode_later = _sentencepiece_encoder(self._model, where)
-        self._bytes, self._drops_first_space = _byte_table(state, where)
+        self._spelled, self._to_bytes, self._drops_first_space = _spelling(state, where)
 
         self.digest = hashlib.sha256(text.encode() + (b"" if model is None else model.first)).hexdigest()
         """Hex sha256 of tokenizer.json, the file that fixes the ids of a text, or of all that is read in its place."""
-        self.vocab_size = len(self._bytes)
+        self.vocab_size = len(self._spelled)
         """One more than the highest id; a model needs at least so many rows, and never samples beyond."""
         self.special_ids = frozenset(token["id"] for token in self._specials.values())
         self.bos_id: int | None = ids.get(self._named.get("bos_token"))
@@ -169,7 +170,8 @@ class Tokenizer:
         """The UTF-8 that one id stands for, often part of a character; of a special token, its name."""
         if not 0 <= id < self.vocab_size:
             raise InputError(f"token id {id} is outside this tokenizer's 0 to {self.vocab_size - 1}")
-        return self._bytes[id]
+        spelled = self._spelled[id]
+        return spelled if isinstance(spelled, bytes) else self._to_bytes(spelled)
 
     def check_fits(self, vocab_size: int) -> None:
         """InputError if a model with `vocab_size` rows in its embedding table lacks one for some id."""
@@ -263,9 +265,10 @@ def _sentencepiece_encoder(model: bytes, where: str) -> Callable[[str], list[int
 
 
 def _tokenizers_encoders(
-    state: dict[str, Any], config: Mapping[str, Any], where: str
+    text: str, config: Mapping[str, Any], where: str
 ) -> tuple[Callable[[str], list[int]], Callable[[str], list[int]], list[int]]:
-    """Encoders for the beginning of a text and for what follows a special token; "a" with all that is put round it."""
+    """From the text of a tokenizer.json: encoders for the beginning of a text and for what follows a special token; "a"
+    with all that is put round it."""
     from tokenizers import Tokenizer as Library
 
     def read(text: str) -> Library:
@@ -283,9 +286,10 @@ def _tokenizers_encoders(
     def encoder(library: Library) -> Callable[[str], list[int]]:
         return lambda text: list(library.encode(text, add_special_tokens=False).ids)
 
-    text = json.dumps(state, ensure_ascii=False)
     whole = read(text)
     first = encoder(whole)
+    if "repend" in text:  # in one spelling, whoever wrote it
+        text = json.dumps(json.loads(text), ensure_ascii=False)
     # Metaspace with this scheme puts a space before the beginning of a text only.
     inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text)
     if config.get("legacy") is False and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
@@ -336,15 +340,21 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _mark_special(added: list[dict[str, Any]], ids: Mapping[str, int], named: set[str]) -> None:
-    """Make the tokens special that tokenizer_config.json names; tokenizer.json does not always say so."""
-    for token in added:
-        token["special"] = token["special"] or token["content"] in named
+def _mark_special(added: list[dict[str, Any]], ids: Mapping[str, int], named: set[str]) -> bool:
+    """Make the tokens special that tokenizer_config.json names; tokenizer.json does not always say so.
+
+    Whether any was not.
+    """
+    plain = [token for token in added if token["content"] in named and not token["special"]]
+    for token in plain:
+        token["special"] = True
+    count = len(added)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     taken = {token["id"] for token in added}
     for content in sorted(named.intersection(ids) - {token["content"] for token in added}):
         if ids[content] not in taken:  # an added token is what its id stands for
             added.append({"id": ids[content], "content": content, **flags})
+    return bool(plain) or len(added) > count
 
 
 def _special_pattern(specials: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
@@ -356,8 +366,9 @@ def _special_pattern(specials: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
     return re.compile("|".join(alternatives) or r"(?!)")
 
 
-def _byte_table(state: dict[str, Any], where: str) -> tuple[list[bytes], bool]:
-    """The bytes of each id (none in a gap), and whether decoding drops a space at the beginning."""
+def _spelling(state: dict[str, Any], where: str) -> tuple[list[str | bytes], Callable[[str], bytes], bool]:
+    """Each id's bytes or how the vocabulary spells them, what turns a spelling into bytes, and whether decoding drops a
+    space at the beginning. A gap has no bytes; to turn all spellings would take a tenth of opening a model."""
     try:
         decoder = state.get("decoder") or {}
         steps = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]
@@ -374,13 +385,13 @@ def _byte_table(state: dict[str, Any], where: str) -> tuple[list[bytes], bool]:
         )
     added = {token["id"]: token["content"].encode() for token in state["added_tokens"]}
     vocab = state["model"]["vocab"]
-    table = [b""] * (max([*vocab.values(), *added]) + 1)
+    table: list[str | bytes] = [b""] * (max([*vocab.values(), *added]) + 1)
     for token, i in vocab.items():
-        table[i] = to_bytes(token)
+        table[i] = token
     for i, content in added.items():
         table[i] = content
     scheme = kinds.get("Metaspace", {}).get("prepend_scheme", "always")
-    return table, "Strip" in kinds or ("Metaspace" in kinds and scheme != "never")
+    return table, to_bytes, "Strip" in kinds or ("Metaspace" in kinds and scheme != "never")
 
 
 def _byte_fallback(token: str) -> bytes:

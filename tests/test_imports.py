@@ -21,6 +21,7 @@ ORDER = [
     "chips",
     "packing",
     "files",
+    "hashes",
     "hub",
     "tokenizer_chat",
     "tokenizer_train",
