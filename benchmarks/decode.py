@@ -1,9 +1,10 @@
 """Decoding in detail: beside mlx-lm and a plain streaming product, with a domain and without, and what a switch takes.
 
 All sides go on from the keys and values of one random prompt, greedily, and take turns. `roof` multiplies a vector by
-one matrix of as many bytes as the model has weights: nothing that reads each weight once a token can be faster. A
-switch is what the learner does for a person, from a store of domains that it read before, until the first step can
-begin. Writes results/decode_NAME.json.
+one matrix of as many bytes as the model has weights: nothing that reads each weight once a token can be faster.
+`products` are a token's own products with fused weights, one after the other, and nothing between them. What is
+between them Python and MLX prepare on one thread, whose time is told too. A switch is what the learner does for a
+person, from a store of domains that it read before, until the first step can begin. Writes results/decode_NAME.json.
 
     python -m benchmarks.decode [medium] [--contexts 128 1024] [--new 32] [--repetitions 5]
 """
@@ -29,6 +30,7 @@ from benchmarks.harness import OURS, Options, Seconds, alternate, beside, spread
 from benchmarks.resume import say
 from mlx_impl import decoder, lora
 from mlx_impl.arrays import Arrays, flatten
+from mlx_impl.config import ModelConfig
 from mlx_impl.device import compute_dtype
 from mlx_impl.generate import Sampling, decode
 from mlx_impl.hub import default_model
@@ -75,10 +77,15 @@ def _decoded(options: Options, case: Case, context: int, new: int) -> dict[str, 
         alternate(decoding(case, random_prompt(case.model.vocab_size, context), new), options.repetitions), rates=True
     )
     better = rates["times_better"]
+    prepared = [
+        _preparing(case, random_prompt(case.model.vocab_size, context), new) for _ in range(options.repetitions)
+    ]
     return {
+        "preparing_ms": spread(prepared),
         "tokens_per_second": rates,
         "times_mlx_lm": better["mlx-lm"]["median"],
         "share_of_roof": better["roof"]["median"],
+        "share_of_products": better["products"]["median"],
         "domain_against_none": 1 / better["domain"]["median"],
         "just_switched_against_none": 1 / better["just switched"]["median"],
     }
@@ -112,6 +119,7 @@ def decoding(case: Case, prompt: list[int], new: int) -> dict[str, Seconds]:
         OURS: as_ours(adapted=False, fused=True),
         "mlx-lm": _as_theirs(case.peer, prompt, new),
         "roof": _roof(_bytes(model), model.config.d_model),
+        "products": _products(model.config),
         "domain": as_ours(adapted=True, fused=True),
         "just switched": as_ours(adapted=True, fused=False),
         "not fused": as_ours(adapted=False, fused=False),
@@ -161,6 +169,42 @@ def _roof(size: int, width: int) -> Seconds:
         return 4 / (time.perf_counter() - started)
 
     return once
+
+
+def _products(config: ModelConfig) -> Seconds:
+    """Tokens a second of the products alone: four a layer and the head, each after the one before."""
+    heads, width, d_ff = config.num_query_heads * config.head_width, config.d_model, config.d_ff
+    joined = heads + 2 * config.num_kv_heads * config.head_width
+    shapes = [(joined, width), (width, heads), (2 * d_ff, width), (width, d_ff)] * config.num_layers
+    matrices = [mx.random.normal(shape).astype(compute_dtype()) for shape in [*shapes, (config.vocab_size, width)]]
+    vector = mx.random.normal((1, max(heads, d_ff, width))).astype(compute_dtype())
+    mx.eval(matrices, vector)
+
+    def once() -> float:
+        settle()
+        started = time.perf_counter()
+        for _ in range(4):
+            out = vector
+            for matrix in matrices:
+                out = out[:, : matrix.shape[1]] @ matrix.T
+            mx.eval(out)
+        return 4 / (time.perf_counter() - started)
+
+    return once
+
+
+def _preparing(case: Case, prompt: list[int], new: int) -> float:
+    """Milliseconds a token that the thread of the program is busy: it says what MLX's own is to compute."""
+    model = case.model
+    reader = decoder.opened(model)
+    assert isinstance(reader, decoder.OpenedModel)
+    reader.fuse()
+    tokens = decode(model, prompt, new + 1, Sampling())
+    next(tokens)
+    started = time.thread_time()
+    for _ in tokens:
+        pass
+    return 1e3 * (time.thread_time() - started) / new
 
 
 def primitives(case: Case) -> dict[str, Any]:

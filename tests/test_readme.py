@@ -122,12 +122,9 @@ def test_gguf_gives_the_text_that_the_readme_says() -> None:
 def test_lesson_figures_are_those_of_the_file() -> None:
     lesson = json.loads((ROOT / "benchmarks" / "results" / "lesson.json").read_text(encoding="utf-8"))
     held = lesson["heldout"]
-    told = " ".join(README.split())
-    assert (
-        f"{held['before']:.3f} -> {held['after']:.3f} nats per token after {lesson['trained_tokens']:,} tokens" in told
-    )
-    assert f"at {lesson['tokens_per_second']:.0f} tokens a second" in told
-    assert f"{lesson['share_outside_steps']:.0%}".replace("%", " %") + " of the time outside optimizer steps" in told
+    figures = f"{held['before']:.3f} -> {held['after']:.3f}, {lesson['trained_tokens']:,}"
+    figures += f", {lesson['tokens_per_second']:.0f}, {100 * lesson['share_outside_steps']:.0f} %"
+    assert f"| held-out loss, tokens, tokens a second, time outside optimizer steps | {figures} |" in README
 
 
 def test_parity_figures_are_those_of_the_file() -> None:
@@ -143,38 +140,33 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
         found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
         return found
 
-    told, routing = " ".join(README.split()), result("routing")
+    routing = result("routing")
     right, rise = routing["by_prefix"]["64"]["router"]["accuracy"], routing["rest"]["mean_loss_percent"]
-    assert f"{100 * right:.0f} % right, perplexity of the rest {rise:.2f} % above" in told
+    assert f"the base's too; what that costs | {100 * right:.0f} %; {rise:.2f} % |" in README
     (ours,), (plain,) = (result(f"settings_40960{end}")["settings"].values() for end in ("", "_plain"))
-    assert f"falls by {ours['gain']:.3f} nats per token with the defaults of that day," in told
-    assert f"by {plain['gain']:.3f} with a plain LoRA" in told
+    assert f"with a plain LoRA of rank 8 | {ours['gain']:.3f}; {plain['gain']:.3f} |" in README
 
 
 def test_figures_of_twenty_lessons_are_those_of_the_file() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "lessons.json").read_text("utf-8"))
-    told = " ".join(README.split())
     ours, theirs = (result[side]["first_lesson"]["loss_above_joint_percent"] for side in ("minimac", "mlx_lm"))
-    assert f"the first lesson's loss ends {ours:.1f} % above that of joint training" in told
-    forgotten = result["mlx_lm"]["matrix"]["ppl_forget_percent"]["mean"]
-    assert f"ends {theirs:.1f} % above and forgets {forgotten:.1f} % in the mean" in told
-    own = result["minimac"]["matrix"]["ppl_forget_percent"]
-    assert abs(own["mean"]) < 0.05
-    assert f"forgotten nothing in the mean, one of them {own['worst']:.1f} %" in told
+    assert f"joint training on all twenty | {ours:.1f} % |" in README
+    assert f"resumed at the best of three rates | {theirs:.1f} % |" in README
+    ours, theirs = (result[side]["matrix"]["ppl_forget_percent"] for side in ("minimac", "mlx_lm"))
+    assert f"forgotten in the mean; by mlx-lm's | {abs(ours['mean']):.1f} %; {theirs['mean']:.1f} % |" in README
+    assert f"One of the twenty lessons lost {ours['worst']:.1f} %." in README
 
 
 def test_figures_of_invented_facts_are_those_of_the_file() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "facts.json").read_text("utf-8"))
-    told = " ".join(README.split())
 
     def right(stage: str) -> str:
-        found = [result["stages"][stage][kind]["right"] for kind in ("trained", "unseen", "chat")]
-        return "{}, {} and {}".format(*found)
+        return ", ".join(str(result["stages"][stage][kind]["right"]) for kind in ("trained", "unseen", "chat"))
 
-    assert f"after one lesson {right('facts, after')} of 50 are right" in told
-    assert f"with chat rows among the text {right('facts-chat, after')};" in told
-    assert f"one more lesson in the same domain {right('facts, after another lesson in it')}." in told
-    assert f"as fit into its prompt, gets {right('in the prompt')}." in told
+    assert f"questions in a chat, of 50 | {right('facts, after')} |" in README
+    assert f"| with chat rows among the text | {right('facts-chat, after')} |" in README
+    assert f"in others | {right('facts, after another lesson in it')}; the same answers |" in README
+    assert f"as many as fit into its prompt | {right('in the prompt')} |" in README
     assert result["unchanged_by_other_domains"] is True
 
 
@@ -186,21 +178,23 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
     def worst(methods: dict[str, Any], name: str) -> str:
         return f"{methods[name]['ppl_forget_percent']['worst']['value']:.1f} %"
 
-    assert (
-        f"perplexity of the worst text up by {worst(full, 'lora')}, full fine-tuning by {worst(full, 'full')}" in told
-    )
-    ours = full["replay+ewc"]
-    mean, gained = ours["ppl_forget_percent"]["mean"]["value"], ours["plasticity_percent"]
-    assert f"ends with {worst(full, 'replay+ewc')} of the worst and {mean:.1f} % in the mean" in told
-    assert f"With a tenth of replay the worst text ends with {worst(full, 'replay10+ewc')}" in told
-    assert f"{gained['mean']:.0f} % of what each text alone gives in the mean and {gained['worst']:.0f} %" in told
-    assert f"one LoRA {worst(quick, 'lora')}, full fine-tuning {worst(quick, 'full')}" in told
+    def between(figure: dict[str, float]) -> str:
+        return f"{figure['value']:.1f} % ({figure['low']:.1f} to {figure['high']:.1f})"
+
+    ours, gained = full["replay+ewc"]["ppl_forget_percent"], full["replay+ewc"]["plasticity_percent"]
+    assert f"(replay by predictions, and EWC) | {between(ours['worst'])} |" in README
+    assert f"| in the mean | {between(ours['mean'])} |" in README
+    assert f"worst, mean | {gained['worst']:.0f} %, {gained['mean']:.0f} % |" in README
+    assert f"a tenth of replay | {between(full['replay10+ewc']['ppl_forget_percent']['worst'])} |" in README
+    assert f"with full fine-tuning | {worst(full, 'lora')}; {worst(full, 'full')} |" in README
+    assert f"with replay but no EWC | {worst(full, 'ewc')}; {worst(full, 'replay')} |" in README
+    assert f"one LoRA forgets {worst(quick, 'lora')}, full fine-tuning {worst(quick, 'full')}" in told
     assert f"replay without EWC {worst(quick, 'replay')}, " in told
     assert f"by default {worst(quick, 'replay+ewc')}, by tokens {worst(quick, 'tokens+ewc')}" in told
     assert quick["domains"]["bit_identical"] is full["domains"]["bit_identical"] is True
     routed = full["domains"]["routed"]
-    assert f"{100 * routed['accuracy']:.0f} % of the windows of five texts" in told
-    assert f"perplexity is {routed['ppl_rise_percent']:.2f} % above" in told
+    cost = f"{100 * routed['accuracy']:.0f} %; {routed['ppl_rise_percent']:.2f} %"
+    assert f"of general text, that go where they belong; what that costs | {cost} |" in README
     results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
     for method in [*quick.values(), *full.values()]:
         figure = method.get("ppl_forget_percent", {}).get("worst", {})
