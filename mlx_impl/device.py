@@ -30,14 +30,23 @@ PACKAGES = (
 )
 
 
+CACHED = 4
+"""A GPU's freed buffers are kept for the next ones, up to this part of the memory: a step's are all of one shape."""
+
+
 def use_device(name: str) -> None:
-    """Make `cpu` or `gpu` MLX's device; `default` and `mps` (the original's word) leave its choice."""
+    """Make `cpu` or `gpu` MLX's device; `default` and `mps` (the original's word) leave its choice.
+
+    On a GPU what MLX keeps of freed memory is limited to a part of the machine's, which is a Mac's whole memory.
+    """
     if name == "cpu":
         mx.set_default_device(mx.Device(mx.DeviceType.cpu))
     elif name == "gpu":
         if not mx.is_available(mx.Device(mx.DeviceType.gpu)):
             raise InputError('no GPU that MLX can use here; set device="default"')
         mx.set_default_device(mx.Device(mx.DeviceType.gpu))
+    if mx.default_device().type == mx.DeviceType.gpu:
+        mx.set_cache_limit(memory_bytes() // CACHED)
 
 
 def compute_dtype() -> mx.Dtype:

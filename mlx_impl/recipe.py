@@ -17,7 +17,7 @@ import yaml
 
 from mlx_impl import checkpoint, data, files, kernels, modeldir, readers
 from mlx_impl.config import PRESETS, ModelConfig, TrainConfig, checked
-from mlx_impl.device import dtype_name, memory_bytes, training_dtype
+from mlx_impl.device import dtype_name, memory_bytes, training_dtype, use_device
 from mlx_impl.errors import InputError
 from mlx_impl.memory import pretraining_bytes
 from mlx_impl.model import ContinualLLM
@@ -172,6 +172,7 @@ def resume(out: Path, changes: dict[str, Any], report: Callable[[Event], None]) 
 
 def _run(trainer: Trainer) -> Progress:
     """Train, and draw the losses however that ends; that the picture cannot be written is no reason to fail."""
+    use_device("default")
     try:
         return trainer.run()
     finally:

@@ -1,0 +1,33 @@
+"""The device that is used, and what MLX may keep of a GPU's memory."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl import device
+from mlx_impl.errors import InputError
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Cache limits that were set."""
+    found: list[int] = []
+    monkeypatch.setattr(mx, "set_cache_limit", found.append)
+    return found
+
+
+def test_a_gpu_keeps_a_part_of_the_memory(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu))
+    device.use_device("default")
+    assert limits == [device.memory_bytes() // device.CACHED]
+
+
+def test_a_cpu_has_no_such_limit(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.cpu))
+    device.use_device("mps")
+    assert limits == []
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "is_available", lambda wanted: False)
+    with pytest.raises(InputError, match="no GPU"):
+        device.use_device("gpu")
