@@ -3,11 +3,12 @@
 What a part measured is kept in `work` beside the JSON until that is written: who is interrupted goes on by asking for
 the same again, with the same settings, machine and commit.
 
-What lies in a folder of such files as a table in Markdown, for the README:
+What lies in a folder of such files as a table in Markdown, for RESULTS.md and, those with a goal, for the README:
 
-    python -m benchmarks.bench [FOLDER]
+    python -m benchmarks.bench [FOLDER] [--goals]
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -84,18 +85,24 @@ def finite(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
-def table(folder: Path) -> str:
-    """The figures of the files in a folder, a line each, with their goals; quick runs are left out."""
-    return "\n".join(["| figure | measured | goal | |", "|---|---:|---|---|", *_lines(folder)])
+def table(folder: Path, goals: bool = False) -> str:
+    """The figures of the files in a folder, a line each, or those with `goals` only; quick runs are left out."""
+    return "\n".join(["| figure | measured | goal | |", "|---|---:|---|---|", *_lines(folder, goals)])
 
 
-def _lines(folder: Path) -> Iterator[str]:
+def _lines(folder: Path, goals: bool) -> Iterator[str]:
     for path in (folder / f"bench_{name}.json" for name in BENCH):
         for row in files.read_json(path)["figures"] if path.is_file() else ():
-            value = "" if row["value"] is None else f"{row['value']:.3g} {row['unit']}"
+            if goals and not row["goal"]:
+                continue
+            value = "" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
             met = {True: "met", False: "not met", None: ""}[row["met"]]
             yield f"| {row['figure']} | {value} | {row['goal'] or ''} | {met} |"
 
 
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("--goals", action="store_true", help="only figures that have a goal")
+    chosen = parser.parse_args()
+    print(table(chosen.folder, chosen.goals))

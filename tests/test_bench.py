@@ -719,6 +719,7 @@ def test_a_folder_of_results_is_a_table(tmp_path: Path) -> None:
     head, _, *lines = bench.table(tmp_path).splitlines()
     assert head == "| figure | measured | goal | |"
     assert lines == ["| slow thing | 0.5 times | at least 2 | not met |", "| none |  |  |  |"]
+    assert bench.table(tmp_path, goals=True).splitlines()[2:] == lines[:1]
 
 
 def test_panels_of_one_point_and_of_many(tmp_path: Path) -> None:

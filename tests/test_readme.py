@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import cli
+from benchmarks import bench
 from mlx_impl import modeldir
 from mlx_impl.arrays import flatten
 from mlx_impl.config import ModelConfig
@@ -145,6 +146,12 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
     assert f"the base's too; what that costs | {100 * right:.0f} %; {rise:.2f} % |" in README
     (ours,), (plain,) = (result(f"settings_40960{end}")["settings"].values() for end in ("", "_plain"))
     assert f"with a plain LoRA of rank 8 | {ours['gain']:.3f}; {plain['gain']:.3f} |" in README
+
+
+def test_speed_is_that_of_the_files() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    assert bench.table(folder, goals=True) in README
+    assert bench.table(folder) in (folder.parent / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_figures_of_twenty_lessons_are_those_of_the_file() -> None:
