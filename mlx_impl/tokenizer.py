@@ -56,15 +56,14 @@ class Tokenizer:
             **state["model"]["vocab"],
             **{token["content"]: token["id"] for token in state["added_tokens"]},
         }
-        marked = _mark_special(state["added_tokens"], ids, set(self._named.values()))
+        _mark_special(state["added_tokens"], ids, set(self._named.values()))
         self._specials = {t["content"]: t for t in state["added_tokens"] if t["special"]}
         self._special_pattern = _special_pattern(self._specials.values())
         framed: list[int] = []
         if model is not None:
             self._encode, self._encode_later = (_sentencepiece_encoder(m, where) for m in (model.first, model.later))
         elif self._model is None:
-            written = text if not marked else json.dumps(state, ensure_ascii=False)
-            self._encode, self._encode_later, framed = _tokenizers_encoders(written, self._config, where)
+            self._encode, self._encode_later, framed = _tokenizers_encoders(state, self._config, where)
         else:
             self._encode = self._encode_later = _sentencepiece_encoder(self._model, where)
         self._spelled, self._to_bytes, self._drops_first_space = _spelling(state, where)
@@ -265,10 +264,9 @@ def _sentencepiece_encoder(model: bytes, where: str) -> Callable[[str], list[int
 
 
 def _tokenizers_encoders(
-    text: str, config: Mapping[str, Any], where: str
+    state: dict[str, Any], config: Mapping[str, Any], where: str
 ) -> tuple[Callable[[str], list[int]], Callable[[str], list[int]], list[int]]:
-    """From the text of a tokenizer.json: encoders for the beginning of a text and for what follows a special token; "a"
-    with all that is put round it."""
+    """Encoders for the beginning of a text and for what follows a special token; "a" with all that is put round it."""
     from tokenizers import Tokenizer as Library
 
     def read(text: str) -> Library:
@@ -286,10 +284,9 @@ def _tokenizers_encoders(
     def encoder(library: Library) -> Callable[[str], list[int]]:
         return lambda text: list(library.encode(text, add_special_tokens=False).ids)
 
+    text = json.dumps(state, ensure_ascii=False)  # not what the file says: twice the same key, and both would differ
     whole = read(text)
     first = encoder(whole)
-    if "repend" in text:  # in one spelling, whoever wrote it
-        text = json.dumps(json.loads(text), ensure_ascii=False)
     # Metaspace with this scheme puts a space before the beginning of a text only.
     inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text)
     if config.get("legacy") is False and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
@@ -340,21 +337,15 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _mark_special(added: list[dict[str, Any]], ids: Mapping[str, int], named: set[str]) -> bool:
-    """Make the tokens special that tokenizer_config.json names; tokenizer.json does not always say so.
-
-    Whether any was not.
-    """
-    plain = [token for token in added if token["content"] in named and not token["special"]]
-    for token in plain:
-        token["special"] = True
-    count = len(added)
+def _mark_special(added: list[dict[str, Any]], ids: Mapping[str, int], named: set[str]) -> None:
+    """Make the tokens special that tokenizer_config.json names; tokenizer.json does not always say so."""
+    for token in added:
+        token["special"] = token["special"] or token["content"] in named
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     taken = {token["id"] for token in added}
     for content in sorted(named.intersection(ids) - {token["content"] for token in added}):
         if ids[content] not in taken:  # an added token is what its id stands for
             added.append({"id": ids[content], "content": content, **flags})
-    return bool(plain) or len(added) > count
 
 
 def _special_pattern(specials: Iterable[Mapping[str, Any]]) -> re.Pattern[str]:
