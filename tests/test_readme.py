@@ -151,6 +151,8 @@ def test_routing_and_settings_figures_are_those_of_the_files() -> None:
 def test_speed_is_that_of_the_files() -> None:
     folder = ROOT / "benchmarks" / "results"
     assert bench.table(folder, goals=True) in README
+    curves = json.loads((folder / "bench_curves.json").read_text("utf-8"))["curves"]["lesson by lessons before"]
+    assert f"(`minimac-mlx bench curves`) | {curves['20']['s'] / curves['2']['s']:.2f} times |" in README
     assert bench.table(folder) in (folder.parent / "RESULTS.md").read_text(encoding="utf-8")
 
 
