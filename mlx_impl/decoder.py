@@ -24,7 +24,7 @@ from mlx_impl.cache import Cache, Mask
 from mlx_impl.config import ModelConfig
 from mlx_impl.device import memory_bytes
 from mlx_impl.lora import LoRALinear
-from mlx_impl.model import Block, ContinualLLM, rope_frequencies
+from mlx_impl.model import Block, ContinualLLM
 
 FUSE_AFTER = 16
 """Tokens that the same weights decode before they are fused: the copy costs about what it saves in thirty more."""
@@ -104,7 +104,7 @@ class OpenedModel:
         self._head: Callable[[mx.array], mx.array] = packed if head is None else partial(_product, head.T)
         gating = mx.full((1, config.d_ff), 1 / math.e), mx.ones((1, config.d_ff))
         self._layers = [_Layer(block, config, gating) for block in model.layers]
-        self._rotation = _Rotation(config)
+        self._rope = model.layers[0].self_attn.rope
         self._steps = self._fused = 0
         arrays = sum(array.nbytes for array in made_of if isinstance(array, mx.array))
         self.fuse_after = FUSE_AFTER if 4 * arrays <= memory_bytes() else math.inf
@@ -114,7 +114,7 @@ class OpenedModel:
         """Final hidden states (1, T, D) of tokens (1, T), after those in the cache."""
         x = self._embedding(tokens)  # (1, T, D)
         if tokens.shape[1] == 1 and kernels.on_cpu() and x.dtype == mx.float32:
-            turn, x = self._rotation.matrix(cache[0].offset), x[0]
+            turn, x = self._rope.matrix(cache[0].offset), x[0]
             for layer, held in zip(self._layers, cache, strict=True):
                 x = layer.one(x, turn, held)
             return self._norm.one(x)[None]
@@ -160,17 +160,16 @@ class _Layer:
         """(1, T, D) -> (1, T, D): the operations of `model.Block`, of joined projections."""
         H, K, d = self._heads, self._kv_heads, self._width
         T = x.shape[1]
-        joined = self._qkv(x).reshape(1, T, H + 2 * K, d).swapaxes(1, 2)  # (1, H + 2K, T, d)
-        turned, values = mx.split(joined, [H + K], axis=1)
-        q, keys = mx.split(self._rope(turned, offset=cache.offset), [H], axis=1)
-        keys, values = cache.update(keys, values)  # (1, K, S, d)
+        turned, values = mx.split(self._qkv(x).reshape(1, T, H + 2 * K, d), [H + K], axis=2)
+        q, keys = mx.split(self._rope(turned, cache.offset), [H], axis=1)  # (1, H, T, d), (1, K, T, d)
+        keys, values = cache.update(keys, values.swapaxes(1, 2))  # (1, K, S, d)
         out = kernels.attention(q, keys, values, self._scale, mask)  # (1, H, T, d)
         x = self._out(out.swapaxes(1, 2).reshape(1, T, H * d), x)
         gate, up = mx.split(self._gate_up(x), 2, axis=-1)
         return self._down(_gated(gate, up), x)
 
     def one(self, x: mx.array, turn: mx.array, cache: Cache) -> mx.array:
-        """(1, D) -> (1, D) on a CPU; `turn` is what `_Rotation.matrix` gives."""
+        """(1, D) -> (1, D) on a CPU; `turn` is what `Rope.matrix` gives."""
         H, K, d = self._heads, self._kv_heads, self._width
         turned, values = mx.split(self._qkv.one(x), [(H + K) * d], axis=-1)
         q, keys = mx.split(turned.reshape(H + K, d) @ turn, [H])
@@ -207,13 +206,14 @@ class _Joined:
         if not all(isinstance(base, nn.Linear) for base in bases):
             return first
         weights, biases = ([layer[name] for layer in plain if name in layer] for name in ("weight", "bias"))
-        if exact := all(weight.dtype == mx.float32 for weight in weights):
+        joined, bias = _stacked(weights), _stacked(biases) if biases else None
+        if exact := joined.dtype == mx.float32:  # MLX multiplies what is stacked in its own place
+            if self._norm and self._norm.weight is not None:
+                joined, self._norm = joined * self._norm.weight, self._norm.without_weight()
             if first != 1:
-                weights[0], biases[:1] = first * weights[0], [first * bias for bias in biases[:1]]
-            if self._norm:
-                weights, self._norm = [weight * self._norm.weight for weight in weights], self._norm.without_weight()
-        self._weight = _stacked(weights).T
-        self._bias = _stacked(biases) if biases else None
+                factors = mx.where(mx.arange(len(joined)) < len(weights[0]), first, 1.0)
+                joined, bias = joined * factors[:, None], bias if bias is None else bias * factors
+        self._weight, self._bias = joined.T, bias
         return 1.0 if exact else first
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
@@ -268,25 +268,6 @@ class _Norm:
 @lru_cache
 def _least(eps: float) -> mx.array:
     return mx.array([[eps]])
-
-
-class _Rotation:
-    """Rotary positions of one token as a matrix, so that heads are turned by one small product on a CPU."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        width, half = config.head_width, config.head_width // 2
-        if config.rope_scaling is None:  # as MLX computes them, to the bit
-            speeds = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(config.rope_base) / half))
-        else:
-            speeds = 1 / rope_frequencies(config)
-        self._speeds = mx.concatenate([speeds, speeds])  # (d,), radians a position
-        self._same = mx.eye(width)
-        self._other = mx.eye(width, k=half) - mx.eye(width, k=-half)  # x @ it is (-second half, first half)
-
-    def matrix(self, position: int) -> mx.array:
-        """(d, d): what turns the heads at a position."""
-        angles = position * self._speeds
-        return self._same * mx.cos(angles) + self._other * mx.sin(angles)
 
 
 def _attention(q: mx.array, keys: mx.array, values: mx.array) -> mx.array:

@@ -45,10 +45,58 @@ def rope_frequencies(config: ModelConfig) -> mx.array:
     return 1.0 / ((1 - share) / (factor * periods) + share / periods)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions (Su et al. 2021, half-split layout)."""
+class Rope:
+    """Rotary positions (Su et al. 2021) of heads whose halves are pairs.
+
+    On a GPU this is MLX's kernel. On a CPU that kernel is a chain of copies; two tables and a product that swaps the
+    halves give the same to the bit, in half the time with the gradient.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
+        width, half, plain = config.head_width, config.head_width // 2, config.rope_scaling is None
+        self._kernel = partial(
+            mx.fast.rope,
+            dims=width,
+            traditional=False,
+            base=config.rope_base if plain else None,
+            scale=1.0,
+            freqs=None if plain else rope_frequencies(config),
+        )
+        if plain:  # as MLX computes them, to the bit
+            speeds = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(config.rope_base) / half))
+        else:
+            speeds = 1 / rope_frequencies(config)
+        self._speeds = mx.concatenate([speeds, speeds])  # (d,), radians a position
+        self._same = mx.eye(width)
+        self._other = mx.eye(width, k=half) - mx.eye(width, k=-half)  # x @ it is (-second half, first half)
+        self._last: tuple[tuple[int, int], tuple[mx.array, mx.array]] | None = None
+
+    def __call__(self, x: mx.array, offset: int) -> mx.array:
+        """Heads (B, T, H, d) of tokens from position `offset` on -> (B, H, T, d), turned."""
+        if not kernels.on_cpu() or x.dtype != mx.float32:
+            return self._kernel(x.swapaxes(1, 2), offset=offset)
+        cos, sin = self._tables(offset, x.shape[1])
+        return (x * cos + (x @ self._other) * sin).swapaxes(1, 2)
+
+    def matrix(self, position: int) -> mx.array:
+        """(d, d): what turns the heads of one token, as a product."""
+        angles = position * self._speeds
+        return self._same * mx.cos(angles) + self._other * mx.sin(angles)
+
+    def _tables(self, offset: int, length: int) -> tuple[mx.array, mx.array]:
+        """Cosines and sines (T, 1, d) of the positions; computed at once, so that they are no part of any graph."""
+        if self._last is None or self._last[0] != (offset, length):
+            angles = mx.arange(offset, offset + length).astype(mx.float32)[:, None, None] * self._speeds
+            tables = mx.cos(angles), mx.sin(angles)
+            mx.eval(tables)
+            self._last = (offset, length), tables
+        return self._last[1]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions; layers share a `Rope`."""
+
+    def __init__(self, config: ModelConfig, rope: Rope | None = None) -> None:
         super().__init__()
         width, bias = config.head_width, config.attention_bias
         self.q_proj = nn.Linear(config.d_model, config.num_query_heads * width, bias=bias)
@@ -57,24 +105,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_query_heads * width, config.d_model, bias=bias)
         self._heads, self._kv_heads, self._width = config.num_query_heads, config.num_kv_heads, width
         self.scale = width**-0.5
-        plain = config.rope_scaling is None
-        self.rope = partial(
-            mx.fast.rope,
-            dims=width,
-            traditional=False,
-            base=config.rope_base if plain else None,
-            scale=1.0,
-            freqs=None if plain else rope_frequencies(config),
-        )
+        self.rope = rope or Rope(config)
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
         """(B, T, D) -> (B, T, D)."""
         B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self._heads, self._width).swapaxes(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).reshape(B, T, self._kv_heads, self._width).swapaxes(1, 2)  # (B, K, T, d)
+        q = self.q_proj(x).reshape(B, T, self._heads, self._width)
+        k = self.k_proj(x).reshape(B, T, self._kv_heads, self._width)
         v = self.v_proj(x).reshape(B, T, self._kv_heads, self._width).swapaxes(1, 2)
         offset = cache.offset if cache is not None else 0
-        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        q, k = self.rope(q, offset), self.rope(k, offset)  # (B, H, T, d), (B, K, T, d)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, d)
         out = kernels.attention(q, k, v, self.scale, mask)
@@ -98,9 +138,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rope: Rope | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, rope)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -129,7 +169,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = [Block(config) for _ in range(config.num_layers)]
+        rope = Rope(config)
+        self.layers = [Block(config, rope) for _ in range(config.num_layers)]
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
 
