@@ -29,15 +29,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_impl import lora
+from mlx_impl import kernels, lora
 from mlx_impl.cache import RotatingKVCache
 from mlx_impl.config import PRESETS, ModelConfig
 from mlx_impl.errors import DamagedFileError
-from mlx_impl.model import ContinualLLM
+from mlx_impl.model import ContinualLLM, Rope
 from mlx_impl.modeldir import expected_shapes, write_model_directory
 
 LOGITS = 1e-5
 GROUPED = CONFIGS["12:3 tied llama3"]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("offset", [0, 7, 1000])
+def test_positions_on_a_cpu_are_those_of_mlxs_kernel(
+    config: ModelConfig, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is turned is the same, to the bit where frequencies are plain; so are the gradients, to rounding."""
+    rope = Rope(config)
+    x = mx.random.normal((2, 5, 3, config.head_width), key=mx.random.key(0))
+    towards = mx.random.normal((2, 3, 5, config.head_width), key=mx.random.key(1))
+
+    def turned() -> tuple[np.ndarray, np.ndarray]:
+        (out,), (gradient,) = mx.vjp(lambda x: [rope(x, offset)], [x], [towards])
+        return np.array(out), np.array(gradient)
+
+    out, gradient = turned()
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    expected, expected_gradient = turned()
+    if config.rope_scaling is None:
+        assert np.array_equal(out, expected)
+    assert_close("turned", out, expected, of_largest=1e-4)  # an angle of 1,000 is known to 6e-5
+    assert_close("gradient", gradient, expected_gradient, of_largest=1e-4)
+    assert_close("one token", np.array(x[:1, :1] @ rope.matrix(offset)), out[:1, :, :1].swapaxes(1, 2), of_largest=1e-6)
 
 
 def shapes(model: ContinualLLM) -> dict[str, tuple[int, ...]]:
