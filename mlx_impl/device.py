@@ -4,6 +4,7 @@
 native from M3 on; before, float16 is the faster one.
 """
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -83,9 +84,14 @@ def keep_quantised() -> bool:
 
 
 def can_compile() -> bool:
-    """Whether `mx.compile` works here: always on a GPU; on a CPU it needs a C++ compiler at run time."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return True
+    """Whether `mx.compile` works here: unless it is disabled; on a CPU it needs a C++ compiler at run time."""
+    if "MLX_DISABLE_COMPILE" in os.environ:
+        return False
+    return mx.default_device().type == mx.DeviceType.gpu or _compiles_on_cpu()
+
+
+@functools.cache
+def _compiles_on_cpu() -> bool:
     try:
         mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.zeros(3)))
     except (RuntimeError, OSError):

@@ -6,9 +6,10 @@ an array of many megabytes takes four times as long there as over one that fits 
 written with powers, in blocks, and with gradients of their own that keep little of the forward pass.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,16 @@ SMALL = 2**20
 """Elements up to which SwiGLU keeps its sigmoid for the backward pass: of larger ones it is a tenth of a LoRA step's
 memory, of smaller ones to compute it again is a twentieth of the step's time."""
 
+LOWEST, HIGHEST = -127 * math.log(2), 127 * math.log(2)
+"""Between these a power of two is a float32; at the lowest it is 0, so that what is masked counts nothing at all."""
+
+ROUNDS = 1.5 * 2**23 + 127
+"""Added to a whole number n, it leaves n + 127 in the last bits of a float32: the bits of the exponent of 2^n."""
+
+POLYNOMIAL = (0.99999970701, 0.49999149193, 0.16667636581, 0.041897975353, 0.008290306194)
+"""(e^r - 1) / r for |r| at most ln 2 / 2, coefficients of r^0 to r^4: of all such e^r has the least relative error,
+9.2e-8."""
+
 MASKED = -1e30
 """Added to a score that must not be seen; finite, so that nothing becomes NaN."""
 
@@ -50,9 +61,40 @@ def _chunks(positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, positions, rows)]
 
 
+_compiling = False
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """While what is called is traced for `mx.compile`, which makes one loop of operations that follow each other."""
+    global _compiling
+    before, _compiling = _compiling, True
+    try:
+        yield
+    finally:
+        _compiling = before
+
+
 def exp(x: mx.array) -> mx.array:
-    """e to the x, any shape; float32 on a CPU in a third of MLX's own time."""
-    return mx.power(math.e, x) if on_cpu() and x.dtype == mx.float32 else mx.exp(x)
+    """e to the x, any shape; float32 on a CPU in a third of MLX's own time or less, and there for x up to 88."""
+    if not on_cpu() or x.dtype != mx.float32:
+        return mx.exp(x)
+    return _exp_of_simple_operations(x) if _compiling else mx.power(math.e, x)
+
+
+def _exp_of_simple_operations(x: mx.array) -> mx.array:
+    """The same as 2^n e^r, n whole and |r| at most ln 2 / 2. NaN stays NaN.
+
+    One after the other they take as long as a power. As one loop they take a quarter, because a C++ compiler makes
+    vector instructions of them.
+    """
+    x = mx.minimum(mx.maximum(x, LOWEST), HIGHEST)
+    rounded = x * (1 / math.log(2)) + ROUNDS
+    r = x - (rounded - ROUNDS) * math.log(2)
+    a, b, c, d, e = POLYNOMIAL
+    square = r * r
+    part = (1 + a * r) + square * ((b + c * r) + square * (d + e * r))
+    return part * mx.view(mx.left_shift(mx.view(rounded, mx.int32), 23), mx.float32)
 
 
 def logsumexp(x: mx.array) -> mx.array:
@@ -64,6 +106,9 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 def _sigmoid(x: mx.array) -> mx.array:
+    if _compiling:
+        power = exp(x)
+        return power / (1 + power)
     return 1 / (1 + mx.power(1 / math.e, x))
 
 

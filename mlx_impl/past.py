@@ -180,5 +180,10 @@ def _divergence_of_base(model: BaseModel, batches: Iterable[tuple[mx.array, mx.a
 
 
 def _penalty(anchor: Arrays, fisher: Arrays, strength: float) -> Callable[[Tree], mx.array]:
-    """The distance from `anchor` as a function of the adapter's parameters."""
-    return lambda parameters: ewc_penalty(parameters, anchor, fisher, strength)
+    """The distance from `anchor` as a function of the adapter's parameters.
+
+    The anchor is a copy: a compiled step whose parameters begin as the very arrays that it closes over is refused.
+    """
+    start = {name: array + 0 for name, array in anchor.items()}
+    mx.eval(start)
+    return lambda parameters: ewc_penalty(parameters, start, fisher, strength)

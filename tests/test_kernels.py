@@ -1,8 +1,9 @@
 """The operations rewritten for a CPU against MLX's own, values and gradients."""
 
+import contextlib
 import gc
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 
 from mlx_impl import kernels
+from mlx_impl.device import can_compile
 from mlx_impl.loss import cross_entropy
+
+
+@pytest.fixture(params=["on its own", "for a compiled step"])
+def either(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once with powers, and once with what is written for the compiler."""
+    with kernels.compiling() if request.param != "on its own" else contextlib.nullcontext():
+        yield
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> mx.array:
@@ -29,6 +38,7 @@ def plain_swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("small", [0, 1000], ids=["sigmoid again", "sigmoid kept"])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 def test_swiglu(monkeypatch: pytest.MonkeyPatch, scale: float, small: int) -> None:
@@ -43,6 +53,26 @@ def test_swiglu(monkeypatch: pytest.MonkeyPatch, scale: float, small: int) -> No
         assert_same(a, b)
 
 
+@pytest.mark.usefixtures("either")
+def test_exponentials() -> None:
+    x = mx.concatenate([drawn(1000, scale=3), mx.linspace(-87, 87, 1001)])
+    exact = np.exp(np.array(x, np.float64))
+    error = np.abs(np.array(kernels.exp(x), np.float64) / exact - 1)
+    assert error[:1000].max() < 1e-6
+    assert error.max() < 6e-6  # x / ln 2 is rounded to 24 bits, and x with it
+    lowest = mx.array([-1e30, -mx.inf, -200.0, 0.0, mx.nan])
+    np.testing.assert_array_equal(np.array(kernels.exp(lowest)), [0, 0, 0, 1, np.nan])
+
+
+@pytest.mark.skipif(not can_compile(), reason="mx.compile needs a C++ compiler here")
+def test_a_compiled_exponential_is_the_same() -> None:
+    x = drawn(1000, scale=20)
+    with kernels.compiling():
+        compiled, expected = mx.compile(kernels.exp)(x), kernels.exp(x)
+    np.testing.assert_array_equal(np.array(compiled), np.array(expected))
+
+
+@pytest.mark.usefixtures("either")
 def test_swiglu_of_extremes() -> None:
     x, one = mx.array([-1e4, -200.0, 0.0, 200.0, 1e4]), mx.ones(5)
     np.testing.assert_array_equal(np.array(kernels.swiglu(x, one)), [0, 0, 0, 200, 1e4])
@@ -60,6 +90,7 @@ def test_16_bit_numbers_keep_their_type_and_their_accuracy() -> None:
     np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(exact), rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("mask", ["causal", "causal after 4", None, "boolean", "additive"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("block", [2, 64])
@@ -86,6 +117,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, mask: str | None, heads: int
         assert_same(a, b)
 
 
+@pytest.mark.usefixtures("either")
 def test_attention_of_large_scores() -> None:
     q = drawn(1, 2, 6, 8, scale=100)
     assert_same(
@@ -100,6 +132,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> No
     monkeypatch.setattr(kernels, "LOGITS", rows * vocabulary)
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("rows", [1, 4, 512])
 def test_the_loss_in_chunks_is_that_of_whole_logits(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     in_chunks(monkeypatch, rows, 30)

@@ -1,5 +1,6 @@
 """What a lesson's steps take from the buffer, and what a change of settings between two lessons means."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from lessons import opened, text, tiny_base, tiny_tokenizer
 
 from mlx_impl import session
 from mlx_impl.adapters import read_adapter, read_fisher
-from mlx_impl.config import REPLAY_STRATEGIES, Budget
+from mlx_impl.config import REPLAY_STRATEGIES, Budget, ContinualLearningConfig
+from mlx_impl.device import can_compile
 from mlx_impl.ewc import fisher_diagonal
 from mlx_impl.lesson import Lesson
 from mlx_impl.past import FISHER_SHARE, WINDOW_PASSES
@@ -129,6 +131,48 @@ def test_the_fisher_follows_from_the_text_and_not_from_the_clock(
         expected = round(FISHER_SHARE * 7 * epochs * lesson.tokens / (WINDOW_PASSES * 32))
         assert used[-1] == min(8, max(1, expected))
     assert used[0] == 1 < used[1] < used[-1] == 8
+
+
+@pytest.mark.skipif(not can_compile(), reason="mx.compile needs a C++ compiler here")
+def test_a_compiled_lesson_is_the_eager_one(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With replay and EWC; a tenth of replay, so that batches are of two sizes."""
+    arrays, losses, notes = [], [], []
+    for least, store in ((10**9, tmp_path / "eager"), (0, tmp_path / "compiled")):
+        monkeypatch.setattr(session, "COMPILED", least)
+        kinds: list[str] = []
+        for number in (1, 2):
+            learner = opened(base, store, replay_ratio=0.1, batch_size=3, holdout=0.0)
+            documents = [text_document(text(number), "text")]
+            lesson = learner.learn(
+                documents, "main", "text", STEPS, report=lambda event, kinds=kinds: kinds.append(event.get("text", ""))
+            )
+        notes.append(sum("compiling" in kind for kind in kinds))
+        losses.append(lesson.after)
+        arrays.append(read_adapter(learner.store.files_of(learner.store.require("main")))[0])
+    assert notes == [0, 2]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, eager in arrays[0].items():
+        np.testing.assert_allclose(np.array(arrays[1][name]), np.array(eager), atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limited", "seconds", "expected"),
+    [
+        (session.COMPILED, False, 60, True),
+        (session.COMPILED - 1, False, 60, False),
+        (session.COMPILED, True, session.PATIENT + 9, True),
+        (session.COMPILED, True, session.PATIENT - 9, False),
+    ],
+)
+def test_long_lessons_are_compiled_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, limited: bool, seconds: float, expected: bool
+) -> None:
+    """And of those that time cuts short only the ones with time enough."""
+    monkeypatch.setattr(session, "can_compile", lambda: True)
+    lesson = session.Session.__new__(session.Session)
+    lesson.config, lesson.rows, lesson.total = ContinualLearningConfig(), 1, tokens
+    lesson.planned, lesson.deadline = tokens + limited, time.perf_counter() + seconds
+    assert lesson._worth_compiling(1) is expected
 
 
 def test_rows_of_another_length_are_in_the_forecast(base: Path, tmp_path: Path) -> None:
