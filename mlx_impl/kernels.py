@@ -75,6 +75,18 @@ def compiling() -> Iterator[None]:
         _compiling = before
 
 
+def compiled(function: Callable, **state: Any) -> Callable:
+    """`mx.compile` of a function that calls these operations; `state` as there."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with compiling():
+            return function(*arguments)
+
+    result: Callable = mx.compile(traced, **state)
+    return result
+
+
 def exp(x: mx.array) -> mx.array:
     """e to the x, any shape; float32 on a CPU in a third of MLX's own time or less, and there for x up to 88."""
     if not on_cpu() or x.dtype != mx.float32:

@@ -5,11 +5,9 @@ function from state to state: parameters and moments go in and come out, gradien
 the number of tokens once, at the end, so that accumulation over unequal batches is exact.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers
@@ -55,18 +53,6 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float 
         return peak * (step + 1) / warmup
     share = min(1.0, (step - warmup + 1) / max(1, total - warmup))
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def _compiled(function: Callable, **state: Any) -> Callable:
-    """`mx.compile` of it, traced knowing that it is."""
-
-    @functools.wraps(function)
-    def traced(*arguments: Any) -> Any:
-        with kernels.compiling():
-            return function(*arguments)
-
-    compiled: Callable = mx.compile(traced, **state)
-    return compiled
 
 
 def clip_by_global_norm(gradients: Tree, limit: float) -> tuple[Tree, mx.array]:
@@ -142,10 +128,10 @@ class Stepper:
 
         random = [mx.random.state]  # dropout draws from it, so it is state like the rest
         if compiled:
-            self._first = _compiled(lambda p, *batch: accumulate(p, None, *batch), inputs=random, outputs=random)
-            self._more = _compiled(accumulate, inputs=random, outputs=random)
-            self._apply = _compiled(apply)
-            self._whole = _compiled(whole, inputs=random, outputs=random)
+            self._first = kernels.compiled(lambda p, *batch: accumulate(p, None, *batch), inputs=random, outputs=random)
+            self._more = kernels.compiled(accumulate, inputs=random, outputs=random)
+            self._apply = kernels.compiled(apply)
+            self._whole = kernels.compiled(whole, inputs=random, outputs=random)
         else:
             self._first = lambda p, *batch: accumulate(p, None, *batch)
             self._more, self._apply, self._whole = accumulate, apply, whole
