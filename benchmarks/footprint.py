@@ -110,7 +110,7 @@ def lesson_memory(steps: int) -> list[int]:
     samples: list[int] = []
 
     def look(event: dict[str, Any]) -> None:
-        if event["step"] % (steps // SAMPLES) == 0:
+        if event["event"] == "step" and event["step"] % (steps // SAMPLES) == 0:
             samples.append(child.resident())
 
     sides.OurSteps(model, config, _text(64 * 32 + 1, 500), steps).run(steps, look)

@@ -31,6 +31,9 @@ SMALL = 2**20
 """Elements up to which SwiGLU keeps its sigmoid for the backward pass: of larger ones it is a tenth of a LoRA step's
 memory, of smaller ones to compute it again is a twentieth of the step's time."""
 
+MANY = 2**17
+"""Numbers whose sum is no longer right to five digits on a CPU; fewer are added faster than as products."""
+
 LOWEST, HIGHEST = -127 * math.log(2), 127 * math.log(2)
 """Between these a power of two is a float32; at the lowest it is 0, so that what is masked counts nothing at all."""
 
@@ -109,6 +112,19 @@ def _exp_of_simple_operations(x: mx.array) -> mx.array:
     return part * mx.view(mx.left_shift(mx.view(rounded, mx.int32), 23), mx.float32)
 
 
+def sum_of_squares(x: mx.array) -> mx.array:
+    """Of an array of any shape, scalar float32.
+
+    MLX's CPU backend adds numbers up one after the other: of the 28 million squares of an embedding 7 % are lost to
+    rounding. Rows as products with themselves are right to six digits, and four times as fast.
+    """
+    x = x.astype(mx.float32)
+    if not on_cpu() or x.ndim < 2 or x.size < MANY:
+        return x.square().sum()
+    rows = x.reshape(-1, 1, x.shape[-1])
+    return (rows @ rows.swapaxes(1, 2)).sum()
+
+
 def logsumexp(x: mx.array) -> mx.array:
     """log(sum(exp(x))) over the last axis of float32 (..., V): (...)."""
     if not on_cpu():
@@ -135,7 +151,10 @@ def _swiglu_vjp(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
 ) -> tuple[mx.array, mx.array]:
     (gate, up), cotangent = primals, cotangents[0]
-    sigmoid = outputs[1] if gate.size <= SMALL else _sigmoid(gate)
+    if gate.size <= SMALL:
+        sigmoid = outputs[1]
+    else:  # of another array, as `mx.compile` sees it, which would keep what the forward pass computes of the same
+        sigmoid = _sigmoid(mx.depends([gate], [cotangent])[0])
     silu = gate * sigmoid
     return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
 

@@ -55,12 +55,15 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def clip_by_global_norm(gradients: Tree, limit: float) -> tuple[Tree, mx.array]:
-    """Scale the whole tree to a norm of at most `limit` (Pascanu et al. 2013); returns it and the norm before."""
+def clip_by_global_norm(gradients: Tree, limit: float, share: mx.array | float = 1.0) -> tuple[Tree, mx.array]:
+    """`share` times the whole tree, and scaled to a norm of at most `limit` (Pascanu et al. 2013), in one pass.
+
+    Returns it and the norm that it had before the limit.
+    """
     # In the order of names: a tree read from a file has another order, and float sums depend on it.
-    squares = [gradient.astype(mx.float32).square().sum() for _, gradient in sorted(flatten(gradients).items())]
-    norm = mx.sqrt(sum(squares, mx.array(0.0)))
-    factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+    squares = [kernels.sum_of_squares(gradient) for _, gradient in sorted(flatten(gradients).items())]
+    norm = share * mx.sqrt(sum(squares, mx.array(0.0)))
+    factor = share * mx.minimum(limit / (norm + 1e-6), 1.0)
     return tree_map(lambda g: g * factor, gradients), norm
 
 
@@ -111,12 +114,12 @@ class Stepper:
             return loss_sum, count, gradients
 
         def apply(parameters: Tree, state: Tree, gradients: Tree, count: mx.array) -> tuple:
-            gradients = tree_map(lambda g: g / mx.maximum(count, 1), gradients)
             extra = mx.array(0.0)
+            share: mx.array | float = 1 / mx.maximum(count, 1)
             if penalty is not None:
                 extra, more = mx.value_and_grad(penalty)(parameters)
-                gradients = tree_map(mx.add, gradients, more)
-            gradients, norm = clip_by_global_norm(gradients, max_grad_norm)
+                gradients, share = tree_map(lambda g, m: share * g + m, gradients, more), 1.0
+            gradients, norm = clip_by_global_norm(gradients, max_grad_norm, share)
             optimizer.state = state
             parameters = optimizer.apply_gradients(gradients, parameters)
             return parameters, optimizer.state, norm, extra

@@ -31,3 +31,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mx, "is_available", lambda wanted: False)
     with pytest.raises(InputError, match="no GPU"):
         device.use_device("gpu")
+
+
+def test_what_mlx_is_told_not_to_compile_is_not_called_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    assert not device.can_compile()

@@ -53,6 +53,14 @@ def test_swiglu(monkeypatch: pytest.MonkeyPatch, scale: float, small: int) -> No
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (3000, 700), (2, 300, 400)])
+def test_sum_of_squares(shape: tuple[int, ...]) -> None:
+    """MLX's own sum of 2.1 million squares is wrong in the third digit."""
+    x = drawn(*shape)
+    exact = np.square(np.array(x, np.float64)).sum()
+    assert kernels.sum_of_squares(x).item() == pytest.approx(exact, rel=5e-6)
+
+
 @pytest.mark.usefixtures("either")
 def test_exponentials() -> None:
     x = mx.concatenate([drawn(1000, scale=3), mx.linspace(-87, 87, 1001)])
@@ -184,7 +192,7 @@ def peak(work: Callable[[], Any]) -> int:
     return mx.get_peak_memory() - before
 
 
-def kept(layer: Callable[[mx.array], mx.array], x: mx.array, layers: int) -> float:
+def kept(layer: Callable[[mx.array], mx.array], x: mx.array, layers: int, compiled: bool = False) -> float:
     """Bytes that a layer keeps for the backward pass: what so many more of them add to the peak."""
     mx.eval(x)
 
@@ -193,7 +201,12 @@ def kept(layer: Callable[[mx.array], mx.array], x: mx.array, layers: int) -> flo
             x = layer(x)
         return x.sum()
 
-    found = [peak(lambda n=n: mx.grad(total)(x, n)) for n in (layers, 2 * layers)]
+    graded = mx.grad(total)
+    graphs = [partial(graded, layers=n) for n in (layers, 2 * layers)]
+    if compiled:
+        graphs = [kernels.compiled(graph) for graph in graphs]
+        mx.eval([graph(x) for graph in graphs])
+    found = [peak(partial(graph, x)) for graph in graphs]
     return (found[1] - found[0]) / layers
 
 
@@ -220,6 +233,16 @@ def test_a_large_swiglu_keeps_no_more_than_what_goes_in(monkeypatch: pytest.Monk
     monkeypatch.setattr(kernels, "SMALL", 10)
     large = kept(lambda x: kernels.swiglu(x, x), x, 100) / x.nbytes
     assert large < 1.3 < 1.7 < small < 2.3 < plain, (large, small, plain)
+
+
+@pytest.mark.skipif(not kernels.on_cpu(), reason="a GPU computes with MLX's own kernels")
+@pytest.mark.skipif(not can_compile(), reason="mx.compile needs a C++ compiler here")
+def test_a_compiled_step_keeps_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sigmoid is the same in both passes, and computed twice so as not to be kept."""
+    monkeypatch.setattr(kernels, "SMALL", 10)
+    x, same = drawn(400, 25), mx.eye(25)
+    found = [kept(lambda x: kernels.swiglu(x @ same, x @ (2 * same)), x, 20, way) / x.nbytes for way in (False, True)]
+    assert all(1.9 < arrays < 2.3 for arrays in found), found
 
 
 def test_the_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
