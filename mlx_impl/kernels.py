@@ -94,9 +94,11 @@ def exp(x: mx.array) -> mx.array:
     """e to the x, any shape; float32 on a CPU in a third of MLX's own time or less, and there for x up to 88."""
     if not on_cpu() or x.dtype != mx.float32:
         return mx.exp(x)
-    return _exp_of_simple_operations(x) if _compiling else mx.power(math.e, x)
+    result: mx.array = _exp_of_simple_operations(x) if _compiling else mx.power(math.e, x)
+    return result
 
 
+@_custom
 def _exp_of_simple_operations(x: mx.array) -> mx.array:
     """The same as 2^n e^r, n whole and |r| at most ln 2 / 2. NaN stays NaN.
 
@@ -110,6 +112,11 @@ def _exp_of_simple_operations(x: mx.array) -> mx.array:
     square = r * r
     part = (1 + a * r) + square * ((b + c * r) + square * (d + e * r))
     return part * mx.view(mx.left_shift(mx.view(rounded, mx.int32), 23), mx.float32)
+
+
+@_exp_of_simple_operations.vjp
+def _exp_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
 
 
 def sum_of_squares(x: mx.array) -> mx.array:

@@ -68,6 +68,8 @@ def test_exponentials() -> None:
     error = np.abs(np.array(kernels.exp(x), np.float64) / exact - 1)
     assert error[:1000].max() < 1e-6
     assert error.max() < 6e-6  # x / ln 2 is rounded to 24 bits, and x with it
+    slopes = mx.grad(lambda x: (2 * kernels.exp(x)).sum())(x)
+    np.testing.assert_allclose(np.array(slopes), 2 * exact, rtol=6e-6)
     lowest = mx.array([-1e30, -mx.inf, -200.0, 0.0, mx.nan])
     np.testing.assert_array_equal(np.array(kernels.exp(lowest)), [0, 0, 0, 1, np.nan])
 
