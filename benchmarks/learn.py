@@ -38,14 +38,14 @@ from mlx_impl.windows import Windows, evaluation_windows
 
 TEXT = "medical"
 RATES = (1e-3, 2e-3, 5e-4, 4e-3)
-ROWS = (4, 1)
+ROWS = (1, 4)
 """What mlx-lm's settings are chosen from, likely ones first: the others are given up when they take longer."""
 
 BEYOND = 2
 """Rates that are tried beyond those, at most: half the lowest or twice the highest, whichever was best."""
 
 PATIENCE = 2.0
-LOOKS = 8
+LOOKS = 4
 """How often mlx-lm's loss is measured over one pass of the text; between two looks it is interpolated."""
 
 LONGEST = 512

@@ -131,7 +131,12 @@ class Session:
         self.model.train()
         started = time.perf_counter()
         if self.compiled and kernels.on_cpu():
-            report({"event": "note", "text": "compiling the step: half a minute, once after each start of the machine"})
+            report(
+                {
+                    "event": "note",
+                    "text": "compiling the step; the first time since the machine started that takes half a minute",
+                }
+            )
         try:
             while self.step < self.total:
                 self._one(report)
