@@ -87,8 +87,8 @@ class Stepper:
 
     `loss(parameters, *batch)` returns (sum in nats, tokens). Compiled and eager steps give the same numbers up
     to float32 rounding. `penalty(parameters)`, a scalar in nats per token, is added to the mean loss: its gradient
-    comes once a step, after the division by tokens and before clipping. Arrays that it closes over are constants
-    of a compiled step and must have been computed.
+    comes once a step, times the tokens, before the sums are divided by them and clipped. Arrays that it closes over are
+    constants of a compiled step and must have been computed.
     """
 
     def __init__(
@@ -114,12 +114,11 @@ class Stepper:
             return loss_sum, count, gradients
 
         def apply(parameters: Tree, state: Tree, gradients: Tree, count: mx.array) -> tuple:
-            extra = mx.array(0.0)
-            share: mx.array | float = 1 / mx.maximum(count, 1)
+            extra, tokens = mx.array(0.0), mx.maximum(count, 1)
             if penalty is not None:
                 extra, more = mx.value_and_grad(penalty)(parameters)
-                gradients, share = tree_map(lambda g, m: share * g + m, gradients, more), 1.0
-            gradients, norm = clip_by_global_norm(gradients, max_grad_norm, share)
+                gradients = tree_map(lambda g, m: g + tokens * m, gradients, more)  # sums over tokens, like the others
+            gradients, norm = clip_by_global_norm(gradients, max_grad_norm, 1 / tokens)
             optimizer.state = state
             parameters = optimizer.apply_gradients(gradients, parameters)
             return parameters, optimizer.state, norm, extra

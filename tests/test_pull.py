@@ -180,7 +180,10 @@ NEITHER = r"neither a \.gguf or \.whl file"
         ("x y/z", NEITHER),
     ],
 )
-def test_sources_that_are_nothing(home: Path, source: str, words: str) -> None:
+def test_sources_that_are_nothing(
+    home: Path, source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # beside the checkout there may be an x
     with pytest.raises(InputError, match=words):
         pull.pull(source, home)
 
