@@ -33,8 +33,8 @@ BACKWARD = 3
 """A step's time in forward passes."""
 
 COMPILED = 8192
-"""Tokens of a lesson from which on its step is compiled on a CPU, too. A step takes about an eighth less time then, but to
-compile it some 40 loops go through the C++ compiler, half a minute; MLX keeps them until the machine starts anew."""
+"""Tokens of a lesson from which on its step is compiled on a CPU, too. A step takes about an eighth less time then, but
+some 40 loops go through the C++ compiler first, half a minute; MLX keeps them in the folder for temporary files."""
 
 PATIENT = 300.0
 """Seconds that a lesson which time cuts short must have for that."""
