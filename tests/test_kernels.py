@@ -194,8 +194,11 @@ def peak(work: Callable[[], Any]) -> int:
     return mx.get_peak_memory() - before
 
 
-def kept(layer: Callable[[mx.array], mx.array], x: mx.array, layers: int, compiled: bool = False) -> float:
-    """Bytes that a layer keeps for the backward pass: what so many more of them add to the peak."""
+def kept(layer: Callable[[mx.array], mx.array], x: mx.array, layers: int) -> float:
+    """Bytes that a layer keeps for the backward pass: what so many more of them add to the peak.
+
+    The least of some peaks: MLX allocates ahead of what it computes, the further the busier the machine is.
+    """
     mx.eval(x)
 
     def total(x: mx.array, layers: int) -> mx.array:
@@ -205,10 +208,7 @@ def kept(layer: Callable[[mx.array], mx.array], x: mx.array, layers: int, compil
 
     graded = mx.grad(total)
     graphs = [partial(graded, layers=n) for n in (layers, 2 * layers)]
-    if compiled:
-        graphs = [kernels.compiled(graph) for graph in graphs]
-        mx.eval([graph(x) for graph in graphs])
-    found = [peak(partial(graph, x)) for graph in graphs]
+    found = [min(peak(partial(graph, x)) for _ in range(7)) for graph in graphs]
     return (found[1] - found[0]) / layers
 
 
@@ -240,11 +240,13 @@ def test_a_large_swiglu_keeps_no_more_than_what_goes_in(monkeypatch: pytest.Monk
 @pytest.mark.skipif(not kernels.on_cpu(), reason="a GPU computes with MLX's own kernels")
 @pytest.mark.skipif(not can_compile(), reason="mx.compile needs a C++ compiler here")
 def test_a_compiled_step_keeps_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sigmoid is the same in both passes, and computed twice so as not to be kept."""
-    monkeypatch.setattr(kernels, "SMALL", 10)
-    x, same = drawn(400, 25), mx.eye(25)
-    found = [kept(lambda x: kernels.swiglu(x @ same, x @ (2 * same)), x, 20, way) / x.nbytes for way in (False, True)]
-    assert all(1.9 < arrays < 2.3 for arrays in found), found
+    """A large SwiGLU's exponentials are the same in both passes, and computed twice so as not to be kept."""
+    graded, x = mx.value_and_grad(lambda x: kernels.swiglu(x, x).sum()), drawn(3, 50)
+    found = []
+    for small in (0, 1000):
+        monkeypatch.setattr(kernels, "SMALL", small)
+        found.append(operations(*kernels.compiled(lambda x: graded(x))(x)).count("LeftShift"))
+    assert found == [2, 1]
 
 
 def test_the_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
