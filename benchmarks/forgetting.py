@@ -5,7 +5,8 @@ rates are tuned on the training part of one text. After every lesson the validat
 measured, and at the end a text that nobody was taught. Intervals come from resampling documents.
 
 Every (method, order) is a cell that is measured once and kept in the work folder, so that a run can be stopped and gone
-on with; what is not there yet is named in the results. On two cores two runs with one thread each and half of the
+on with; what is not there yet is named in the results. Finished cells lie beside them too, in `results/cells`, from where
+a run with the same settings goes on on another machine. On two cores two runs with one thread each and half of the
 methods take less time than one with all of them: most of a step is no matrix product.
 
     python -m benchmarks.forgetting --data DIR [--tokens 8192] [--orders 1] [--methods lora,replay+ewc]
@@ -54,6 +55,8 @@ from mlx_impl.readers import Document
 from mlx_impl.router import DOCUMENT_PREFIX
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Batch, Batches, Windows, evaluation_windows
+
+KEPT = RESULTS / "cells"
 
 TEXTS = ("medical", "legal", "math", "literature", "python")
 NEVER_TAUGHT = "general"
@@ -426,7 +429,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "config": dataclasses.asdict(config),
         "rates": rates,
     }
-    work = Work(options.work, settings)
+    name = f"forgetting_{options.tokens}"
+    work = Work(options.work, settings, KEPT / f"{name}.json")
     experiment = Experiment(model, work, config, texts, rates)
     orders = orders_of(texts.names, options.orders, options.seed)
     if options.report:
@@ -438,7 +442,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"at most {duration(seconds)} for {len(methods)} methods, less what is in {work.folder}")
     figures = run(experiment, methods, orders)
     figures["missing"] = sorted({*METHODS} - {*methods})
-    written(f"forgetting_{options.tokens}", {"model": model.name, "tokens": options.tokens, **figures})
+    cells = [f"{method}/{number}" for method in METHODS for number in range(options.orders)]
+    work.keep(["base", *(f"tune/{family}" for family in RATES), *cells])
+    written(name, {"model": model.name, "tokens": options.tokens, **figures})
 
 
 def written(name: str, figures: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,16 @@ class Work:
     Several processes may fill it at a time, each with keys of its own; what two need both may be measured twice.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """`settings`, which JSON must hold, decide the folder inside `folder`."""
+    def __init__(self, folder: Path, settings: dict[str, Any], kept: Path | None = None) -> None:
+        """`settings`, which JSON must hold, decide the folder inside `folder`.
+
+        `kept` is a file that `keep` wrote, perhaps on another machine: what is in there is not measured again.
+        """
         self.folder = folder / digest_of(settings)[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / "settings.json", settings)
         self._path = self.folder / "figures.json"
+        self._settings, self._kept = digest_of(settings), kept
         self._figures = self._read()
 
     def __contains__(self, key: str) -> bool:
@@ -72,8 +76,19 @@ class Work:
                 files.write_json(self._path, self._figures)
         return self._figures[key]
 
+    def keep(self, keys: Iterable[str]) -> None:
+        """Write these figures, as far as they are there, into the file `kept`, to go on from on another machine."""
+        assert self._kept is not None
+        found = {key: self._figures[key] for key in keys if key in self._figures}
+        self._kept.parent.mkdir(exist_ok=True)
+        files.write_json(self._kept, {"settings": self._settings, "figures": found})
+
     def _read(self) -> dict[str, Any]:
-        return files.read_json(self._path) if self._path.is_file() else {}
+        figures: dict[str, Any] = {}
+        if self._kept is not None and self._kept.is_file():
+            kept = files.read_json(self._kept)
+            figures = kept["figures"] if kept["settings"] == self._settings else {}
+        return figures | (files.read_json(self._path) if self._path.is_file() else {})
 
 
 def taught(

@@ -12,7 +12,7 @@ from lessons import tiny_base, tiny_tokenizer
 
 from benchmarks import facts, lessons, settings, texts
 from benchmarks.invented import RELATIONS, chats, invent, passages, probes, summary
-from benchmarks.resume import Work, lesson_settings
+from benchmarks.resume import Work, digest_of, lesson_settings
 from mlx_impl.config import Budget, ContinualLearningConfig, ModelConfig
 from mlx_impl.errors import InputError
 from mlx_impl.generate import Sampling, naive
@@ -196,6 +196,20 @@ def test_work_is_done_once_under_the_same_settings(tmp_path: Path) -> None:
     assert Work(tmp_path, {"a": 1}).once("x", lambda: [1.5]) == [1.5]
     assert Work(tmp_path, {"a": 1}).once("x", lambda: [2.5]) == [1.5]
     assert Work(tmp_path, {"a": 2}).once("x", lambda: [2.5]) == [2.5]
+
+
+def test_kept_work_goes_on_in_another_folder(tmp_path: Path) -> None:
+    kept = tmp_path / "cells" / "kept.json"
+    here = Work(tmp_path / "here", {"a": 1}, kept)
+    for key in ("x", "y"):
+        here.once(key, lambda: 1.5)
+    here.keep(["x", "never measured"])
+    there = Work(tmp_path / "there", {"a": 1}, kept)
+    assert ("x" in there, "y" in there) == (True, False)
+    assert there.once("x", lambda: 2.5) == 1.5
+    there.keep(["x"])
+    assert kept.read_text() == json.dumps({"settings": digest_of({"a": 1}), "figures": {"x": 1.5}}, indent=2) + "\n"
+    assert "x" not in Work(tmp_path / "there", {"a": 2}, kept)  # other settings
 
 
 def test_lesson_texts_share_no_document_and_are_as_long_as_asked() -> None:
