@@ -5,9 +5,9 @@ rates are tuned on the training part of one text. After every lesson the validat
 measured, and at the end a text that nobody was taught. Intervals come from resampling documents.
 
 Every (method, order) is a cell that is measured once and kept in the work folder, so that a run can be stopped and gone
-on with; what is not there yet is named in the results. Finished cells lie beside them too, in `results/cells`, from where
-a run with the same settings goes on on another machine. On two cores two runs with one thread each and half of the
-methods take less time than one with all of them: most of a step is no matrix product.
+on with; what is not there yet is named in the results. Finished cells lie beside them too, in `results/cells`: a run
+with the same settings goes on from there on another machine. On two cores two runs with one thread each and half of
+the methods take less time than one with all of them: most of a step is no matrix product.
 
     python -m benchmarks.forgetting --data DIR [--tokens 8192] [--orders 1] [--methods lora,replay+ewc]
     python -m benchmarks.forgetting --quick
