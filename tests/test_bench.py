@@ -355,7 +355,7 @@ def test_mlx_lm_stops_at_the_mark(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fastest", "beyond"),
-    [(2e-3, []), (5e-4, [2.5e-4]), (1e-5, [2.5e-4, 1.25e-4]), (1.0, [8e-3, 16e-3])],
+    [(5e-4, []), (2.5e-4, [1.25e-4]), (1e-5, [1.25e-4, 6.25e-5]), (1.0, [2e-3, 4e-3])],
 )
 def test_tuning_goes_on_where_the_best_is_at_an_edge(fastest: float, beyond: list[float]) -> None:
     limits: list[float] = []
