@@ -39,7 +39,7 @@ TOKENS_PER_SECOND_AT_MOST = 10_000
 """Faster than a lesson trains, but for tiny models and large machines; what a budget of time takes of a longer text."""
 
 HELD_OUT_AT_MOST = 4096
-MEASURING_SHARE = 0.07
+MEASURING_SHARE = 0.06
 """Share of the time that measuring may take before the steps, and again after them."""
 
 STATES_SHARE, BACKGROUND_SHARE = 0.05, 0.1
