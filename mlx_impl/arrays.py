@@ -1,9 +1,11 @@
 """Trees of arrays and flat mappings of them, with the types that MLX's own functions leave open."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.errors import DamagedFileError
@@ -29,6 +31,15 @@ def load(path: Path) -> Arrays:
     arrays = mx.load(str(path))
     assert isinstance(arrays, dict)
     return arrays
+
+
+def digest_of(arrays: Arrays) -> str:
+    """Sha256 of the arrays with their names, shapes and types, whatever their order."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.array(mx.view(array.reshape(-1), mx.uint8)))
+    return digest.hexdigest()
 
 
 def check_finite(arrays: Arrays, where: str) -> None:

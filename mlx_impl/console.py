@@ -17,6 +17,8 @@ from mlx_impl.errors import listed
 
 Event = dict[str, Any]
 SECONDS_BETWEEN_LINES = 1.0
+TOLD = 5.0
+"""Percent of a lesson's held-out text that a later one taught, from which on it is said."""
 
 
 class Reporter:
@@ -202,12 +204,18 @@ def lesson_text(lesson: Event) -> str:
     ]
     lines += [
         f"{earlier['version']} ({earlier['source']}): {earlier['before']:.3f} -> {earlier['after']:.3f}, "
-        f"perplexity {earlier['ppl_forget_percent']:+.1f} %"
+        f"perplexity {earlier['ppl_forget_percent']:+.1f} %{_taught(earlier)}"
         for earlier in lesson["kept"]
     ]
     if "probe" in lesson:
         lines += [f"{when}: {' '.join(lesson['probe'][when].split())}" for when in ("before", "after")]
     return "\n".join(lines)
+
+
+def _taught(kept: Event) -> str:
+    """A warning where a lesson's held-out text was taught by a later one: its loss says nothing of forgetting then."""
+    share = kept.get("taught_percent", 0.0)
+    return f" ({share:.0f} % of that text was in this lesson)" if share >= TOLD else ""
 
 
 def choice_text(domain: str | None) -> str:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_impl import data, decoder, generate, lora
 from mlx_impl.adapters import read_adapter
+from mlx_impl.arrays import digest_of, flatten
 from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.device import compute_dtype, use_device
@@ -55,7 +56,8 @@ class ContinualLearner:
         if store is None:
             folder = tempfile.mkdtemp(prefix="minimac-lessons-")
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            store = Store(Path(folder), "the model in memory", tokenizer.digest)
+            with lora.bare(base_model):
+                store = Store(Path(folder), digest_of(flatten(base_model.parameters())), tokenizer.digest)
         self.store = store
         self.adapter: str | None = None
         """The attached domain; None is the bare base."""

@@ -22,7 +22,7 @@ from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring
-from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
+from mlx_impl.holdout import estimated_tokens, overlap, sample_documents, split_holdout
 from mlx_impl.memory import lesson_bytes
 from mlx_impl.past import Past, hold, recall
 from mlx_impl.readers import Document
@@ -39,7 +39,7 @@ TOKENS_PER_SECOND_AT_MOST = 10_000
 """Faster than a lesson trains, but for tiny models and large machines; what a budget of time takes of a longer text."""
 
 HELD_OUT_AT_MOST = 4096
-MEASURING_SHARE = 0.06
+MEASURING_SHARE = 0.05
 """Share of the time that measuring may take before the steps, and again after them."""
 
 STATES_SHARE, BACKGROUND_SHARE = 0.05, 0.1
@@ -61,7 +61,8 @@ class Lesson:
     """What one `learn` did. Losses are in nats per token; `measured` says on which text: heldout, or fit on its own.
 
     `tokens` are those to train on, of a sample where the text was too long for the time; it is `complete` without one.
-    `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them.
+    `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them;
+    `repeated` are the numbers of those whose text it taught again.
     """
 
     domain: str
@@ -81,6 +82,7 @@ class Lesson:
     batch_size: int
     complete: bool
     kept: list[dict[str, Any]] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """What `learn --json` prints."""
@@ -119,6 +121,7 @@ class Teacher:
 
         `started` is when the budget's time began, by time.perf_counter. The store is locked for writing by the caller.
         """
+        note = lambda text: report({"event": "note", "text": text})  # noqa: E731
         taken = self._affordable(documents, budget, report)
         train, heldout = self._split(taken)
         probe = heldout if heldout is not None else train
@@ -128,9 +131,12 @@ class Teacher:
         seed = _seed(self.config.seed, domain, depth)
         shape = self._attach(parent, mx.random.key(seed))
         if shape.rank != self.config.lora_r:
-            report({"event": "note", "text": f"{domain} keeps its rank of {shape.rank}"})
-        past = recall(self.store, parent, self.model, self.config, seed, min(self.config.seq_len, len(train) - 1))
+            note(f"{domain} keeps its rank of {shape.rank}")
+        length = min(self.config.seq_len, len(train) - 1)
+        past = recall(self.store, parent, self.model, self.config, seed, length, note)
         past.source, past.importance = source, importance
+        if self.config.batch_size == 1 and self.config.replay_ratio > 0.5 and past.buffer.available(past.lesson):
+            note("with one window a step at most half are replayed; more than that needs --batch-size 2 or above")
         report(
             {
                 "event": "begin",
@@ -181,7 +187,8 @@ class Teacher:
             after=last.loss,
             batch_size=session.rows,
             complete=session.complete and taken is documents,
-            kept=[_kept(version, *pair) for version, pair in zip(earlier, rest, strict=False)],
+            kept=[self._kept(version, train, *pair) for version, pair in zip(earlier, rest, strict=False)],
+            repeated=session.repeated,
         )
 
         def write(folder: Path) -> None:
@@ -201,6 +208,7 @@ class Teacher:
         if budget.steps is not None:
             return math.inf
         ratio = self.config.replay_ratio if past.buffer.available(past.lesson) else 0.0
+        ratio = min(ratio, 0.5) if self.config.batch_size == 1 else ratio  # see replay.split_rows
         for_one = BACKWARD + (BACKWARD + 1) * ratio / (1 - ratio)
         return min(budget.seconds * speed, for_one * self._passes(len(train), budget) * len(train))
 
@@ -289,13 +297,31 @@ class Teacher:
                 earlier.append(version)
         return first, earlier
 
+    def _kept(self, version: Version, train: data.Tokens, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        """How the loss on an earlier lesson's held-out part changed; the percentage is that of its perplexity.
+
+        A user may teach a text again, alone or in a folder with others: how much of what was held out then was among
+        what was trained on now is told, too.
+        """
+        kept = self.store.heldout(version)
+        change = min(after.loss - before.loss, 700.0)  # what exp still can
+        return {
+            "version": version.name,
+            "source": version.source,
+            "before": before.loss,
+            "after": after.loss,
+            "tokens": after.tokens,
+            "ppl_forget_percent": 100 * math.expm1(change),
+            "taught_percent": 100 * overlap(kept.ids, train.ids) if kept is not None else 0.0,
+        }
+
     def _affordable(self, documents: list[Document], budget: Budget, report: Callable[[Event], None]) -> list[Document]:
         """The documents themselves, or a sample of them where these are far more than the time allows to train on."""
         most = round(TOKENS_PER_SECOND_AT_MOST * max(1.0, budget.seconds))
         there = sum(estimated_tokens(document.text) for document in documents)
         if budget.steps is not None or there <= most:
             return documents
-        # The same for each lesson on this text, so that none trains on what another holds out.
+        # The same for each lesson on this text in the same time, so that none trains on what another holds out.
         taken = sample_documents(documents, most, self.config.seed)
         count = sum(estimated_tokens(document.text) for document in taken)
         text = f"the text has about {there:,} tokens; about {count:,} of them, drawn over all of it, are what"
@@ -376,19 +402,6 @@ def check_finite(measured: Evaluation, what: str) -> None:
     """Raise NonFiniteLossError for a loss that is no number."""
     if not math.isfinite(measured.loss):
         raise NonFiniteLossError(f"the loss is {measured.loss} {what}")
-
-
-def _kept(version: Version, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """How the loss on an earlier lesson's held-out part changed; the percentage is that of its perplexity."""
-    change = min(after.loss - before.loss, 700.0)  # what exp still can
-    return {
-        "version": version.name,
-        "source": version.source,
-        "before": before.loss,
-        "after": after.loss,
-        "tokens": after.tokens,
-        "ppl_forget_percent": 100 * math.expm1(change),
-    }
 
 
 def _seed(seed: int, domain: str, depth: int) -> int:

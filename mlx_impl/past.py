@@ -17,6 +17,7 @@ from mlx_impl.adapters import read_adapter, read_fisher
 from mlx_impl.arrays import Arrays, Tree
 from mlx_impl.base import BaseModel
 from mlx_impl.config import ContinualLearningConfig
+from mlx_impl.errors import DamagedFileError
 from mlx_impl.ewc import calibrated, consolidate, ewc_penalty, fisher_diagonal, logits_of
 from mlx_impl.loss import summed_divergence
 from mlx_impl.replay import ReplayBuffer, Window, unpack
@@ -65,11 +66,13 @@ def recall(
     config: ContinualLearningConfig,
     seed: int,
     length: int,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Past:
     """The past that the lesson after `parent` has, whose adapter is attached to the model; nothing is held yet.
 
     `seed` is the lesson's, `length` that of its windows in targets: short lessons are not padded to long ones that the
-    domain never had. Raises DamagedFileError where what was stored is not what was written.
+    domain never had. Raises DamagedFileError where what was stored is not what was written; of a version before
+    `parent` that is damaged, `note` is told, and the next one takes its place as after `prune`.
     """
     past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
     if parent is None:
@@ -78,7 +81,13 @@ def recall(
 
     @lru_cache(TEACHERS)
     def read(number: int) -> Arrays:
-        return read_adapter(store.files_of(history[number]))[0]
+        try:
+            return read_adapter(store.files_of(history[number]))[0]
+        except DamagedFileError as error:
+            if number + 1 == len(history):
+                raise
+            note(f"{error}; until then {history[number + 1].name} stands for it")
+            return read(number + 1)
 
     past.teacher = lambda lesson: read(best_version(history, lesson))
     past.fisher = read_fisher(store.files_of(parent), lora.adapter_arrays(model))
@@ -89,7 +98,8 @@ def hold(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: in
     """Give a past its penalty: the Fisher of the last lesson is estimated and added to that of the ones before.
 
     The model carries the adapter as it begins, in evaluation mode. `work` is that of the lesson's steps, in tokens of a
-    forward pass. A lesson without EWC leaves the Fisher as it is, for later ones.
+    forward pass. A lesson without EWC leaves the Fisher as it is, for later ones; that of the lesson before it is
+    never estimated then.
     """
     if past.lesson == 1 or not config.use_ewc or config.ewc_lambda == 0:
         return
@@ -103,13 +113,17 @@ def best_version(history: Sequence[Version], lesson: int) -> int:
 
     Each version's figures say how the held-out parts of earlier lessons changed by it. Where nobody measured that, the
     first version is taken: what later ones lost of the lesson is then to be won back, and does not add up. So it is
-    where the lesson's own version was pruned, under whose name the figures stand.
+    where the lesson's own version was pruned, under whose name the figures stand. A version that was taught the
+    lesson's text once more knows it better than all before.
     """
     first = next((index for index, version in enumerate(history) if version.depth >= lesson), len(history) - 1)
     if history[first].depth != lesson:
         return first
     best, drift, lowest = first, 0.0, 0.0
     for index, version in enumerate(history[first + 1 :], first + 1):
+        if lesson in version.figures.get("repeated", ()):
+            best, drift, lowest = index, 0.0, 0.0
+            continue
         measured = (kept for kept in version.figures.get("kept", ()) if kept["version"] == history[first].name)
         drift += sum(kept["after"] - kept["before"] for kept in measured)
         if drift < lowest:

@@ -213,6 +213,12 @@ class ReplayBuffer:
         """The lessons that rows drawn before came in with."""
         return [self._index.rows[id].lesson.number for id in rows]
 
+    def lessons_within(self, ids: Set[bytes]) -> list[int]:
+        """Numbers of the lessons of whose rows at least half are among `ids`, in order."""
+        inside = Counter(row.lesson.number for row in self._index.ordered() if row.id in ids)
+        everywhere = Counter(row.lesson.number for row in self._index.ordered())
+        return sorted(number for number, rows in inside.items() if 2 * rows >= everywhere[number])
+
     def rows(self, lesson: int | None = None) -> Iterator[StoredRow]:
         """The rows with their windows, of one lesson or of all: what a commit adds to the windows it has stored."""
         chosen = [row for row in self._index.ordered() if lesson in (None, row.lesson.number)]

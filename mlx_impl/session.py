@@ -70,9 +70,10 @@ class Session:
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
         self.past = past
         windows = Windows(train, config.seq_len)
-        replaying = config.replay_ratio > 0 and past.buffer.available(past.lesson) > 0
-        self.own = {window_id(window) for window in _packed(windows)} if replaying else set()
+        self.own = {window_id(window) for window in _packed(windows)} if past.buffer.available(past.lesson) else set()
         """Ids of the lesson's own windows, which an earlier lesson on the same text may have left in the buffer."""
+        self.repeated = past.buffer.lessons_within(self.own)
+        """Numbers of the lessons whose text this one teaches again."""
         self.ratio = config.replay_ratio if past.buffer.available(past.lesson, self.own) else 0.0
         accumulated = config.gradient_accumulation_steps
         seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
@@ -194,8 +195,11 @@ class Session:
 
     def _extended(self, sample: Sample, microbatch: int) -> Sample:
         """A microbatch with its rows of text like the base's."""
-        count = split_rows(self.rows, self.config.base_ratio, microbatch)[1] if self.like_base is not None else 0
-        if self.like_base is None or not count:
+        if self.like_base is None or self.config.base_ratio == 0:
+            return sample
+        early = max(0, math.ceil(0.5 / (self.rows * self.config.base_ratio)) - 1)  # one in the first step: few have ten
+        count = split_rows(self.rows, self.config.base_ratio, microbatch + early)[1]
+        if not count:
             return sample
         return extend(sample, *self.like_base.take(min(count, len(self.like_base.windows))))
 

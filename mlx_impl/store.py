@@ -189,7 +189,12 @@ class Store:
     def files_of(self, version: Version) -> Path:
         """The version's folder, after comparing its files' hashes; DamagedFileError names the one that differs."""
         for problem in self.damage(version):
-            raise DamagedFileError(f"{problem}; `minimac-mlx undo {version.domain}` goes back a version")
+            head = self.head(version.domain)
+            if head is not None and head.number > version.number:
+                advice = "later versions do without it: `minimac-mlx prune --keep N` deletes all but the last N"
+            else:
+                advice = f"`minimac-mlx undo {version.domain}` goes back a version"
+            raise DamagedFileError(f"{problem}; {advice}")
         return self._folder(version)
 
     def damage(self, version: Version) -> Iterator[str]:

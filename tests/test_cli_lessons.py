@@ -5,6 +5,7 @@ import math
 import os
 import pty
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 from terminal import TEXT, as_json, isolate, learned, run, start, tree, write_model
@@ -62,6 +63,21 @@ def test_learn_again_tells_what_was_kept(model: Path, text: Path) -> None:
     (kept,) = second["kept"]
     assert kept.items() >= {"version": "v0001", "source": "first"}.items()
     assert math.isclose(kept["ppl_forget_percent"], 100 * math.expm1(kept["after"] - kept["before"]), abs_tol=1e-6)
+    assert kept["taught_percent"] == 0
+
+
+def test_what_was_held_out_and_is_taught_later_is_told(model: Path, text: Path, tmp_path: Path) -> None:
+    """A text, and then a folder with it: what a lesson holds out depends on all that it is given."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(topics.topics[sorted(topics.topics)[number]][:3000])
+    (folder / "notes.txt").write_bytes(text.read_bytes())
+    as_json("learn", "-m", model, text, "--steps", "1")
+    done = run("learn", "-m", model, str(folder), "--steps", "1")
+    (kept,) = as_json("log", "-m", model, "main")["lessons"][0]["kept"]
+    assert kept["taught_percent"] > 50
+    assert f"({kept['taught_percent']:.0f} % of that text was in this lesson)" in done.out
 
 
 def test_replay_and_ewc_can_be_switched_off(model: Path, text: Path) -> None:

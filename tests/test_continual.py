@@ -285,6 +285,16 @@ def test_a_lesson_is_held_to_the_version_that_knew_it_best(base: Path, tmp_path:
     assert [best_version(pruned, lesson) for lesson in (1, 2, 3, 4)] == [0, 0, 0, 1]
 
 
+def test_a_text_taught_again_is_held_to_the_version_that_was_taught_it_again(base: Path, tmp_path: Path) -> None:
+    """Nothing is held out of a short text, so that nobody measured that the second version knows it better."""
+    for number in (0, 1, 0, 2):
+        teach(base, tmp_path, number, holdout=0.0)
+    history = opened(base, tmp_path).store.history("main")
+    assert [version.figures["repeated"] for version in history] == [[], [], [1], []]
+    assert [best_version(history, lesson) for lesson in (1, 2, 4)] == [2, 1, 3]
+    assert best_version(history[:2], 1) == 0
+
+
 def test_teachers_are_the_versions_as_they_were(base: Path, tmp_path: Path) -> None:
     for number in range(3):
         teach(base, tmp_path, number)

@@ -109,7 +109,7 @@ def test_the_figures_of_a_lesson(base: Path, tmp_path: Path) -> None:
     assert set(record) == {
         "domain", "version", "source", "tokens", "steps", "seconds", "training_seconds", "replayed_tokens",
         "trained_tokens",
-        "trainable_parameters", "batch_size", "complete", "kept", "fit", "tokens_per_second",
+        "trainable_parameters", "batch_size", "complete", "kept", "repeated", "fit", "tokens_per_second",
     }  # fmt: skip
     assert record["trained_tokens"] == 3 * 2 * 32
     assert record["tokens_per_second"] == record["trained_tokens"] / record["training_seconds"]
@@ -681,6 +681,42 @@ def test_a_damaged_adapter(base: Path, tmp_path: Path, damage: str) -> None:
     assert not lora.lora_layers(taught.model)
     taught.undo()
     taught.set_adapter("main")
+
+
+def test_a_damaged_earlier_version_does_not_end_the_domain(base: Path, tmp_path: Path) -> None:
+    """What would be held to it is held to the next version, as after prune, and a note says how to be rid of it."""
+    for number in (1, 2, 3):
+        teach(base, tmp_path / "s", number)
+    path = tmp_path / "s" / "main" / "v0001" / "adapters.safetensors"
+    path.unlink()
+    taught = opened(base, tmp_path / "s")
+    said: list[str] = []
+    lesson = taught.learn(
+        [text_document(text(4), "four")],
+        budget=Budget(steps=20),
+        report=lambda event: said.append(event["text"]) if event["event"] == "note" else None,
+    )
+    assert lesson.version == "v0004"
+    assert lesson.replayed_tokens > 0
+    advice = "later versions do without it: `minimac-mlx prune --keep N` deletes all but the last N"
+    assert said == [f"{path}: missing; {advice}; until then v0002 stands for it"]
+    taught.store.prune(2)
+    assert list(taught.store.damage(taught.store.require("main"))) == []
+    taught.learn_from_text(text(5), "main", budget=STEPS)
+
+
+def test_a_model_in_memory_is_known_by_its_weights(base: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(base)
+    model = ContinualLLM.from_checkpoint(base)
+    taught = ContinualLearner(model, SETTINGS, tokenizer)
+    taught.learn_from_text(text(1), "main", budget=STEPS)
+    taught.save_checkpoint(tmp_path / "saved")
+    same = ContinualLearner(ContinualLLM.from_checkpoint(base), SETTINGS, tokenizer)
+    same.load_checkpoint(tmp_path / "saved")
+    other = ContinualLLM.from_checkpoint(base)
+    other.update({"model": {"norm": {"weight": other.model.norm.weight * 1.001}}})
+    with pytest.raises(InputError, match="these lessons belong to another base"):
+        ContinualLearner(other, SETTINGS, tokenizer).load_checkpoint(tmp_path / "saved")
 
 
 def test_an_adapter_of_another_shape_leaves_the_bare_base(base: Path, tmp_path: Path) -> None:

@@ -63,6 +63,46 @@ def test_a_text_that_is_taught_again_is_not_held_to_what_was_known_of_it(
     assert 0 < again.replayed_tokens < counted
 
 
+def test_a_lesson_says_which_ones_it_repeats(base: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        assert teach(base, tmp_path, number, holdout=0.0).repeated == []
+    assert teach(base, tmp_path, 1, holdout=0.0, replay_ratio=0.0).repeated == [1]
+    both = text(1) + text(2)
+    third = opened(base, tmp_path, holdout=0.0).learn_from_text(both, budget=STEPS)
+    assert third.repeated == [1, 3]  # of the second text all windows are cut elsewhere
+
+
+def test_text_like_the_base_s_is_in_the_shortest_lesson(base: Path, tmp_path: Path) -> None:
+    general = [text_document(text(9), "general")]
+    steps: list[int] = []
+    for count in (1, 40):
+        learner = opened(base, tmp_path / str(count), batch_size=1)
+        extended = session.Session._extended
+
+        def noted(self: session.Session, sample: Sample, microbatch: int, whole: Any = extended) -> Sample:
+            result: Sample = whole(self, sample, microbatch)
+            steps.append(len(result.tokens) - len(sample.tokens))
+            return result
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(session.Session, "_extended", noted)
+            learner.learn([text_document(text(1), "new")], budget=Budget(steps=count), like_base=general)
+    assert steps[0] == 1
+    assert steps[1:] == [1] + [0] * 18 + [1] + [0] * 18 + [1, 0]  # a twentieth of a batch that it comes on top of
+
+
+def test_more_than_half_of_one_window_cannot_be_replayed(base: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    for number, rows in ((1, 1), (2, 1), (3, 2)):
+        learner = opened(base, tmp_path, batch_size=rows, replay_ratio=0.9)
+        learner.learn(
+            [text_document(text(number), "new")],
+            budget=STEPS,
+            report=lambda event: said.append(event["text"]) if event["event"] == "note" else None,
+        )
+    assert said == ["with one window a step at most half are replayed; more than that needs --batch-size 2 or above"]
+
+
 def of_rows(sample: Sample) -> list[float]:
     """Weights of the replayed rows, the last ones."""
     weights: list[float] = np.array(sample.weights)[len(sample.weights) - len(sample.rows) :].tolist()
