@@ -38,7 +38,7 @@ def digest_of(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        digest.update(np.array(mx.view(array.reshape(-1), mx.uint8)))
+        digest.update(np.array(mx.view(array.reshape(-1), mx.uint8)).data)
     return digest.hexdigest()
 
 

@@ -206,9 +206,8 @@ class PromptCache:
         self.ids, self.owner, self.layers = list(ids), owner, layers
 
     def save(self, path: Path) -> None:
-        """Write it as a safetensors file, or nothing. InputError for caches that are not a `KVCache` each."""
-        if not self.layers or any(type(layer) is not KVCache for layer in self.layers):
-            raise InputError("only the cache of a Llama model without a window can be written to a file")
+        """Write it as a safetensors file, or nothing. InputError for what `check` refuses."""
+        self.check(path, self.layers)
         held = self.layers[0].offset
         arrays = {
             f"{number}.{name}": mx.contiguous(array[:, :, :held])
@@ -218,6 +217,14 @@ class PromptCache:
         metadata = {"format": FORMAT, "owner": self.owner, "ids": json.dumps(self.ids[:held])}
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             mx.save_safetensors(file, arrays, metadata)
+
+    @staticmethod
+    def check(path: Path, layers: Sequence[Any]) -> None:
+        """InputError for caches that are not a `KVCache` each, and for a path in no folder."""
+        if not layers or any(type(layer) is not KVCache for layer in layers):
+            raise InputError("only the cache of a Llama model without a window can be written to a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent} to write the prompt cache into")
 
     @classmethod
     def load(cls, path: Path) -> "PromptCache":

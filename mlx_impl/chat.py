@@ -24,7 +24,7 @@ from mlx_impl.console import (
     undo_record,
     undo_text,
 )
-from mlx_impl.errors import InputError, MiniMacError, printable
+from mlx_impl.errors import InputError, MiniMacError, legible, printable
 from mlx_impl.generate import Completion, Sampling, complete, prompt_ids
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.report import report
@@ -227,7 +227,7 @@ class Chat:
             raise InputError("nothing to learn: /learn FILE or /learn TEXT")
         documents, label = _material(what)
         with Reporter(self.quiet) as reporter:
-            lesson = self.learner.learn(documents, domain, printable(label), Budget(), reporter)
+            lesson = self.learner.learn(documents, domain, legible(label), Budget(), reporter)
         record = lesson.as_json()
         self.screen.result({"command": "learn", **record}, lesson_text(record))
 

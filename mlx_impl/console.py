@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-from mlx_impl.errors import listed
+from mlx_impl.errors import legible, listed
 
 Event = dict[str, Any]
 SECONDS_BETWEEN_LINES = 1.0
@@ -40,7 +40,10 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            try:
+                self._live.stop()
+            except OSError:
+                self._leave()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -52,9 +55,13 @@ class Reporter:
                 self._live.show(event)
             else:
                 self._as_line(event)
-        except BrokenPipeError:
-            self.quiet = True
-            silence(sys.stderr)
+        except OSError:
+            self._leave()
+
+    def _leave(self) -> None:
+        """The reader of stderr has left, the terminal is gone or the disk is full: nothing more is shown."""
+        self.quiet, self._live = True, None
+        silence(sys.stderr)
 
     def say(self, text: str) -> None:
         """Show a line of text."""
@@ -208,7 +215,7 @@ def lesson_text(lesson: Event) -> str:
         for earlier in lesson["kept"]
     ]
     if "probe" in lesson:
-        lines += [f"{when}: {' '.join(lesson['probe'][when].split())}" for when in ("before", "after")]
+        lines += [f"{when}: {legible(' '.join(lesson['probe'][when].split()))}" for when in ("before", "after")]
     return "\n".join(lines)
 
 

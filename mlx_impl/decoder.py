@@ -133,8 +133,12 @@ class OpenedModel:
     def fuse(self, layers: int | None = None) -> None:
         """Fuse so many more layers, or all."""
         end = len(self._layers) if layers is None else self._fused + layers
-        for layer in self._layers[self._fused : end]:
-            layer.fuse()
+        try:
+            for layer in self._layers[self._fused : end]:
+                layer.fuse()
+        except BaseException:  # Ctrl-C: half a layer is fused, so that another twin must be made
+            self.made_of = []
+            raise
         self._fused = min(end, len(self._layers))
 
 

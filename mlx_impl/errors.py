@@ -5,6 +5,7 @@ these is a defect of ours and shows as such. What a file or another library says
 what a terminal would obey: `printable`, `listed` and `shown` make it fit to be part of an error.
 """
 
+import re
 import reprlib
 from collections.abc import Sequence
 
@@ -44,6 +45,18 @@ class Interrupted(MiniMacError):
     """Stopped by the user after saving: exit code 130, like a shell's."""
 
     exit_code = 130
+
+
+OBEYED = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+"""Control characters, line ends, what turns the direction of writing, and halves of surrogate pairs."""
+
+
+def legible(text: str) -> str:
+    """The text on one line, without what a terminal would obey; spaces of all kinds and joined emoji stay as they are.
+
+    For what a person wrote: macOS puts U+202F into the names of its screenshots.
+    """
+    return re.sub(OBEYED, "\ufffd", text)
 
 
 def printable(text: str, at_most: int | None = None) -> str:

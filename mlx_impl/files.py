@@ -67,7 +67,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not say where
+        if error.filename in (None, str(temporary)):  # a write that fails does not say where
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -92,6 +92,8 @@ class ForeignLLM:
         self._layers = _layers_of(network)
         self._decoder, self._head, logits = _head_of(network)
         self._shape = _shape_of(network, config, logits.shape[-1])
+        self.positions = _learned_positions(network)
+        """Positions that the network has an embedding for, where these are learned; None where they are computed."""
         strange = sorted({type(cache).__name__ for cache in self.make_cache() if not hasattr(cache, "offset")})
         if strange:
             raise InputError(
@@ -136,13 +138,23 @@ class ForeignLLM:
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Logits (B, T, V) of tokens (B, T); with a cache, T new tokens after those it holds."""
+        self._check_positions(tokens, cache)
         logits: mx.array = self._network(tokens, cache=cache)
         return logits
 
     def hidden(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Final hidden states (B, T, D) of tokens (B, T), or without a `head_weight` their logits (B, T, V)."""
+        self._check_positions(tokens, cache)
         states: mx.array = self._decoder(tokens, cache=cache)
         return states
+
+    def _check_positions(self, tokens: mx.array, cache: Sequence[Any] | None) -> None:
+        """InputError for tokens beyond the last learned position: MLX would read what lies behind the table."""
+        end = tokens.shape[1] + (cache[0].offset if cache else 0)
+        if self.positions is not None and end > self.positions:
+            raise InputError(
+                f"{end:,} tokens, and the model has learned {self.positions:,} positions; shorten the text"
+            )
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits (..., V) of what `hidden` returns."""
@@ -328,6 +340,12 @@ def _layers_of(network: nn.Module) -> list[nn.Module]:
     first = network.layers[0]
     lists = (value for _, module in network.named_modules() for value in module.values() if isinstance(value, list))
     return next(value for value in lists if value and value[0] is first)
+
+
+def _learned_positions(network: nn.Module) -> int | None:
+    """Rows of the table of positions that GPT-2 and its kind have."""
+    tables = (module for path, module in network.named_modules() if path.rpartition(".")[2] == "wpe")
+    return next((len(table.weight) for table in tables if isinstance(table, nn.Embedding)), None)
 
 
 def _shape_of(network: nn.Module, config: Mapping[str, Any], vocab_size: int) -> ForeignShape:

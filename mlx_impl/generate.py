@@ -254,6 +254,13 @@ def complete(
     wrong = sorted({id for id in ids if not 0 <= id < model.vocab_size})  # MLX would read past the table's end
     if wrong:
         raise InputError(f"prompt ids {wrong[:5]} are outside the model's 0 to {model.vocab_size - 1}")
+    positions = getattr(model, "positions", None)  # of a foreign network that learned them, and has no others
+    if positions is not None:
+        if len(ids) >= positions:
+            raise InputError(
+                f"the prompt has {len(ids):,} tokens, and the model can read {positions - 1:,}; shorten it"
+            )
+        max_tokens = min(max_tokens, positions - len(ids))
     if any(not text for text in stop):
         raise InputError("a stop string must not be empty")
     result = Completion(prompt_tokens=len(ids))

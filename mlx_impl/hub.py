@@ -19,7 +19,7 @@ def default_model(home: Path | None = None) -> Path:
     Raises InputError where there is none, or where the recorded one is gone.
     """
     named = os.environ.get("MINIMAC_MODEL")
-    record = (home or files.home()) / "default"
+    record = (home or files.home_path()) / "default"
     if not named and not record.is_file():
         raise InputError("no model yet: run `minimac-mlx pull`, or name one with --model")
     model = Path(named or record.read_text(encoding="utf-8", errors="replace").strip()).expanduser()

@@ -16,7 +16,7 @@ from mlx_impl.adapters import read_adapter
 from mlx_impl.arrays import digest_of, flatten
 from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
-from mlx_impl.device import compute_dtype, use_device
+from mlx_impl.device import compute_dtype, dtype_name, use_device
 from mlx_impl.errors import InputError
 from mlx_impl.evaluate import Evaluation, evaluate, total
 from mlx_impl.foreign import open_model
@@ -117,7 +117,8 @@ class ContinualLearner:
     def weights_id(self) -> str:
         """What the base and the attached version are known by: equal for equal weights, in another process too."""
         head = self.store.head(self.adapter) if self.adapter else None
-        return f"{self.store.database.owner[0]} {sorted(head.files.items()) if head else 'bare'}"
+        dtype = dtype_name(compute_dtype())
+        return f"{self.store.database.owner[0]} {dtype} {sorted(head.files.items()) if head else 'bare'}"
 
     def choose(self, domain: str | None = None, prompt: Sequence[int] | None = None) -> str | None:
         """Attach what a person means: a domain by name, "none" for the bare base, "auto" or None what `route` says.

@@ -427,17 +427,9 @@ def verify_manifest(directory: Path, sha256: Callable[[Path], str] = sha256) -> 
     Raises DamagedFileError naming all files that changed or are gone, InputError where there is no manifest.
     Files that it does not list are not looked at.
     """
-    path = directory / MANIFEST
-    manifest = read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise DamagedFileError(
-            f"{path}: format_version {manifest.get('format_version')!r:.60}, this program: {FORMAT_VERSION}"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_plain_name(name) for name in files):
-        raise DamagedFileError(f"{path}: files must map names in this folder to sha256 digests")
+    manifest = _read_manifest(directory)
     wrong = []
-    for name, digest in files.items():
+    for name, digest in manifest["files"].items():
         actual = sha256(directory / name) if (directory / name).is_file() else None
         if actual is None:
             wrong.append(f"{name} is missing")
@@ -448,12 +440,26 @@ def verify_manifest(directory: Path, sha256: Callable[[Path], str] = sha256) -> 
     return manifest
 
 
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """What `minimac.json` says, unless it is not of this format."""
+    path = directory / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DamagedFileError(
+            f"{path}: format_version {manifest.get('format_version')!r:.60}, this program: {FORMAT_VERSION}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_plain_name(name) for name in files):
+        raise DamagedFileError(f"{path}: files must map names in this folder to sha256 digests")
+    return manifest
+
+
 def identity(directory: Path) -> str:
     """Sha256 that names a base model: over its configuration and weights, not its name or other files.
 
     The manifest's hashes are taken where there is one; whoever loads the weights compares them. Others are remembered.
     """
-    listed = read_json(directory / MANIFEST)["files"] if (directory / MANIFEST).is_file() else {}
+    listed = _read_manifest(directory)["files"] if (directory / MANIFEST).is_file() else {}
     names = [CONFIG, *(path.name for path in weight_files(directory))]
     digests = [[name, listed.get(name) or hashes.sha256(directory / name)] for name in names]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

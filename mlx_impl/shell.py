@@ -101,11 +101,21 @@ def run(group: click.Group, name: str, arguments: list[str] | None) -> NoReturn:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        _tell("interrupted")
         code = 130
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
         text, code = _explain(error)
-        click.echo(f"{'' if code == 130 else 'error: '}{printable(text)}", err=True)
+        _tell(f"{'' if code == 130 else 'error: '}{printable(text)}")
     sys.exit(code)
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, if anybody can still read it: the exit code says what happened, too."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        from mlx_impl.console import silence
+
+        silence(sys.stderr)

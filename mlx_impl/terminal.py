@@ -76,7 +76,7 @@ class Terminal:
             return
         try:
             click.echo(_dim(printable(text), sys.stderr), err=True)
-        except BrokenPipeError:  # who reads stderr may leave
+        except OSError:  # who reads stderr may leave
             silence(sys.stderr)
 
     def confirm(self, question: str) -> bool:

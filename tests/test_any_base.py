@@ -29,7 +29,7 @@ from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.exchange import export_adapter, import_adapter
 from mlx_impl.foreign import TESTED, ForeignLLM, open_model
 from mlx_impl.fusing import fuse
-from mlx_impl.generate import Sampling, decode, naive
+from mlx_impl.generate import Sampling, complete, decode, naive
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.lesson import Lesson
 from mlx_impl.loss import cross_entropy, next_token_loss
@@ -396,6 +396,20 @@ def test_an_adapter_on_what_is_no_linear_layer_is_refused_before_it_is_a_domain(
     with pytest.raises(DamagedFileError, match=rf"{path} is no linear layer of it"):
         import_adapter(store, "theirs", base, tmp_path / "peft")
     assert store.head("theirs") is None
+
+
+def test_learned_positions_end(tmp_path: Path) -> None:
+    """GPT-2 has an embedding for each of 128 positions; behind the table MLX would read whatever lies there."""
+    model = open_model(write_foreign(tmp_path / "gpt2", "gpt2", tokenizer()))
+    tokens = mx.zeros((1, 100), mx.int32)
+    cache = model.make_cache()
+    mx.eval(model(tokens, cache))
+    with pytest.raises(InputError, match="130 tokens, and the model has learned 128 positions"):
+        model(tokens[:, :30], cache)
+    long, short = (complete(model, tokenizer(), [5] * 120, max_tokens=most).tokens for most in (50, 8))
+    assert long == short
+    with pytest.raises(InputError, match="the prompt has 128 tokens, and the model can read 127; shorten it"):
+        complete(model, tokenizer(), [5] * 128)
 
 
 def test_base_and_adapter_become_one_model(qwen: Path, tmp_path: Path) -> None:

@@ -147,6 +147,36 @@ def test_a_lesson_goes_on_when_nobody_watches(model: Path) -> None:
     assert out.startswith(b"main v0001: learned text in ")
 
 
+def test_a_lesson_is_kept_where_stderr_takes_nothing(model: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb") as full:
+        process = start("learn", "-m", model, "--text", "the cat sat on the mat", "--steps", "3", stderr=full)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert out.startswith(b"main v0001: learned text in ")
+        failing = start("log", "nope", "-m", model, stderr=full)
+        failing.communicate(timeout=60)
+        assert failing.returncode == 2  # the code says what nobody could be told
+
+
+def test_a_lesson_is_kept_when_its_terminal_closes(model: Path) -> None:
+    """As in a session of its own, which no signal reaches: what it writes from then on is an error of its own."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = start(
+        "learn", "-m", model, "--text", "the cat sat on the mat", "--steps", "60", stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    seen = b""
+    while b"step" not in seen:
+        seen += os.read(ours, 65536)
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.startswith(b"main v0001: learned text in ")
+
+
 def test_stdout_that_takes_nothing(model: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

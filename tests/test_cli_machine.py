@@ -19,6 +19,18 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model")
 
 
+def test_a_home_that_cannot_be_made_is_no_reason_to_refuse_a_named_model(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINIMAC_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("MINIMAC_MODEL", str(model))
+    assert as_json("doctor")["model"] == str(model)
+    assert as_json("list")["domains"] == []
+    monkeypatch.delenv("MINIMAC_MODEL")
+    assert as_json("doctor")["model"] is None
+
+
 def test_doctor(tmp_path: Path) -> None:
     record = as_json("doctor")
     assert record["model"] is None

@@ -65,6 +65,12 @@ def test_a_prompt_cache_changes_nothing_but_the_time(model: Path, tmp_path: Path
     assert "give one of them" in done.err
     kept.write_bytes(b"x" * 100)
     assert run(*common, "x", "--prompt-cache", kept).code == 3
+    kept.write_bytes(b"")  # as mktemp leaves it
+    assert as_json(*common, "the key", "--domain", "none", "--prompt-cache", kept)["tokens"] == 5
+    assert kept.stat().st_size > 0
+    done = run(*common, "the key", "--prompt-cache", tmp_path / "nowhere" / "kept")
+    assert (done.code, done.out) == (2, "")  # before the answer takes its time
+    assert f"there is no folder {tmp_path / 'nowhere'}" in done.err
 
 
 def test_generate_from_nothing_and_past_the_context(tmp_path: Path) -> None:

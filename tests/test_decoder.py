@@ -82,6 +82,37 @@ def test_what_a_gpu_would_run_is_the_same(config: ModelConfig, monkeypatch: pyte
     assert_close("logits", step_by_step(reader, model, ids), expected, of_largest=1e-5)
 
 
+def test_ctrl_c_while_a_layer_is_fused_leaves_no_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(SMALL), ids_of(SMALL, 12)
+    expected = np.array(model(mx.array([ids]))[0])
+    reader = opened(model)
+    assert isinstance(reader, decoder.OpenedModel)
+
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        # After query, key and value are one matrix already, which has taken the norm's weights.
+        patched.setattr(decoder._Joined, "fuse", first_of(decoder._Joined.fuse, interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            reader.fuse(1)
+    again = opened(model)
+    assert isinstance(again, decoder.OpenedModel)
+    again.fuse()
+    assert_close("logits", step_by_step(again, model, ids), expected, of_largest=1e-5)
+
+
+def first_of(function: Any, then: Any) -> Any:
+    """`function` the first time it is called, `then` ever after."""
+    calls: list[None] = []
+
+    def either(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        return function(self, *arguments, **named) if len(calls) == 1 else then(self)
+
+    return either
+
+
 def test_a_long_context_takes_the_other_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of(SMALL), ids_of(SMALL, 40)
     expected = np.array(model(mx.array([ids]))[0])

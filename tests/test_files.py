@@ -195,3 +195,10 @@ def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatc
     monkeypatch.setattr(files, "_lock", late)
     with files.locked(path, "it"), pytest.raises(LockedError), files.locked(path, "it"):
         pytest.fail("two hold it")
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "notes.txt"
+    with pytest.raises(FileNotFoundError) as raised:
+        files.write_text(path, "x")
+    assert raised.value.filename == str(path)  # and not the temporary one beside it

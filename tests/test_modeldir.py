@@ -227,3 +227,12 @@ def test_manifest_notices_a_flipped_bit(tmp_path: Path) -> None:
         (folder / modeldir.MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(DamagedFileError, match=r"minimac.json: f"):
             modeldir.verify_manifest(folder)
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"format_version": 1, "files": []}', "[]", "no JSON"])
+def test_a_manifest_that_is_none_is_damage_for_all_who_read_it(tmp_path: Path, manifest: str) -> None:
+    folder = write(tmp_path / "m")
+    (folder / modeldir.MANIFEST).write_text(manifest)
+    for read in (modeldir.verify_manifest, modeldir.identity):
+        with pytest.raises(DamagedFileError, match=modeldir.MANIFEST):
+            read(folder)

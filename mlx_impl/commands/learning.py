@@ -9,7 +9,7 @@ import click
 from mlx_impl.commands.inputs import documents_from, model_directory
 from mlx_impl.commands.options import PATHS, as_given, command, common, given, setting
 from mlx_impl.config import LOSS_ON, REPLAY_TARGETS, Budget, ContinualLearningConfig
-from mlx_impl.errors import InputError, printable
+from mlx_impl.errors import InputError, legible
 from mlx_impl.shell import emit
 
 if TYPE_CHECKING:
@@ -99,8 +99,15 @@ def learn(
             like_base, _ = documents_from((Path(base_data),), reporter)
         known = domain if domain in learner.store.domains() else "none"
         before = learner.answer(probe, known) if probe is not None else None
-        lesson = learner.learn(documents, domain, printable(source or label), budget, reporter, importance, like_base)
+        lesson = learner.learn(documents, domain, legible(source or label), budget, reporter, importance, like_base)
         record = lesson.as_json()
         if probe is not None:
-            record["probe"] = {"prompt": probe, "before": before, "after": learner.answer(probe, domain)}
+            try:
+                after = learner.answer(probe, domain)
+            except KeyboardInterrupt:
+                reporter.say(
+                    f"{domain} {lesson.version} was learned already; `minimac-mlx undo {domain}` takes it back"
+                )
+                raise
+            record["probe"] = {"prompt": probe, "before": before, "after": after}
     emit(as_json, record, lesson_text(record))

@@ -101,5 +101,5 @@ def _default_model() -> str | None:
 
     try:
         return str(default_model())
-    except InputError:
+    except (InputError, OSError):
         return None

@@ -115,13 +115,13 @@ def generate(
         Reporter(quiet).say(context_text(len(ids), max_tokens, context))
     shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
     on_text = (lambda piece: None) if as_json else (lambda piece: write(shown(piece)))
-    kept = PromptCache.load(prompt_cache) if prompt_cache and prompt_cache.exists() else PromptCache()
+    there = prompt_cache is not None and prompt_cache.exists() and prompt_cache.stat().st_size > 0
+    kept = PromptCache.load(prompt_cache) if prompt_cache is not None and there else PromptCache()
     owner = learner.weights_id()
     cache = kept.take(ids, owner) or learner.model.make_cache(window)
+    if prompt_cache is not None:
+        kept.check(prompt_cache, cache)  # before the answer takes its time
     result = complete(learner.model, tokenizer, ids, max_tokens, settings, stop, window, on_text, cache)
-    if prompt_cache is not None and ids:
-        kept.put([*ids, *result.tokens], owner, cache)
-        kept.save(prompt_cache)
     record = {
         "text": result.text,
         "tokens": len(result.tokens),
@@ -131,6 +131,9 @@ def generate(
         "tokens_per_second": result.tokens_per_second,
     }
     emit(as_json, record, "")
+    if prompt_cache is not None and ids:
+        kept.put([*ids, *result.tokens], owner, cache)
+        kept.save(prompt_cache)
 
 
 @command("chat")
