@@ -60,8 +60,11 @@ class Reporter:
 
     def _leave(self) -> None:
         """The reader of stderr has left, the terminal is gone or the disk is full: nothing more is shown."""
-        self.quiet, self._live = True, None
+        self.quiet = True
         silence(sys.stderr)
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()  # which gives stdout back
 
     def say(self, text: str) -> None:
         """Show a line of text."""
