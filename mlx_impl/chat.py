@@ -61,6 +61,9 @@ class Screen(Protocol):
     def note(self, text: str) -> None:
         """A remark in passing."""
 
+    def failed(self, text: str) -> None:
+        """Why nothing came of a line that was typed, for programs and for people."""
+
     def confirm(self, question: str) -> bool:
         """A yes to something that cannot be taken back. InputError where there is nobody to ask."""
 
@@ -112,7 +115,7 @@ class Chat:
             if text:
                 self.say(text)
         except (MiniMacError, OSError) as error:
-            self.screen.note(f"error: {printable(str(error))}")
+            self.screen.failed(printable(str(error)))
         return True
 
     # -- talking -------------------------------------------------------------------------------------------------

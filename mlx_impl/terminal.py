@@ -70,6 +70,12 @@ class Terminal:
         lines = "\n".join(printable(line) for line in text.split("\n"))
         write(f"{json.dumps(record, allow_nan=False) if self.as_json else lines}\n")
 
+    def failed(self, text: str) -> None:
+        """A line on stderr, and with --json an object too: who sends a line is waiting for one."""
+        self.note(f"error: {text}")
+        if self.as_json:
+            write(f"{json.dumps({'error': text})}\n")
+
     def note(self, text: str) -> None:
         """A line on stderr, which --quiet does not silence: errors come this way."""
         if sys.stderr is None:

@@ -55,6 +55,9 @@ class Recording:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def failed(self, text: str) -> None:
+        self.note(f"error: {text}")
+
     def confirm(self, question: str) -> bool:
         self.questions.append(question)
         return self.yes
@@ -394,6 +397,10 @@ def test_piped_lines_are_answered_one_by_one(tmp_path: Path) -> None:
     assert [record.get("prompt") for record in records] == ["the cat", None, "the \nmat"]
     assert records[0].keys() == {"prompt", "text", "domain", "tokens", "finish"}
     assert (done.code, done.err, done.out.isascii()) == (0, "", True)
+    done = run("chat", *options, "--json", stdin=b"/undo\nthe cat\n/nonsense\n")
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [sorted(record.keys() & {"error", "text"}) for record in records] == [["error"], ["text"], ["error"]]
+    assert [f"error: {record['error']}" for record in records if "error" in record] == done.err.splitlines()
 
 
 def test_report_is_what_the_command_prints(tmp_path: Path) -> None:

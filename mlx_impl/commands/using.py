@@ -155,7 +155,7 @@ def chat(
     """Talk with the model: /learn teaches it on the way, /help shows what else there is.
 
     Enter sends, Alt-Enter goes on in the next line, Ctrl-C stops an answer, Ctrl-D leaves. Where stdin is no terminal,
-    each of its lines is answered; with --json by one object a line.
+    each of its lines is answered; with --json by one object a line, {"error": ...} where nothing came of it.
 
     \b
     Examples:
