@@ -124,7 +124,7 @@ class _Live:
     def _move(self, what: str, done: float, total: float | None, figures: str) -> None:
         if self._task is None:
             self._progress.start()  # not before there is something that moves: others draw on this terminal too
-            self._task = self._progress.add_task(what, figures=figures)
+            self._task = self._progress.add_task(what, total=total, figures=figures)  # None: nobody knows
         self._progress.update(self._task, description=what, completed=done, total=total, figures=figures)
 
     def _line(self, text: str) -> None:
@@ -158,7 +158,8 @@ class _Live:
             figures.append(f"{duration(event['eta_seconds'])} left")
         if event.get("peak_memory"):
             figures.append(f"peak {event['peak_memory'] / 1e9:.1f} GB")
-        self._move(f"step {event['step']}/{event['steps']}", event["step"], event["steps"], " · ".join(figures))
+        of_all = "" if event["steps"] is None else f"/{event['steps']}"
+        self._move(f"step {event['step']}{of_all}", event["step"], event["steps"], " · ".join(figures))
 
     def _eval(self, event: Event) -> None:
         mark = ", the best so far" if event["best"] else ""

@@ -207,7 +207,7 @@ class Trainer:
         elif self.progress.step and speed:
             left = (self.total - self.progress.step) * self.progress.tokens / self.progress.step / speed
         return {
-            "steps": self.total,
+            "steps": None if self.config.minutes is not None else self.total,  # the clock ends it
             "tokens_per_second": speed,
             "eta_seconds": left,
             "peak_memory": mx.get_peak_memory(),

@@ -7,6 +7,7 @@ cannot be had without one: a signal, a terminal, a reader that leaves, the modul
 import contextlib
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -206,6 +207,25 @@ def test_a_terminal_sees_a_moving_line_and_gets_its_cursor_back(model: Path, tex
     assert b"tokens to learn" in seen
     assert b"{" not in seen
     assert 0 <= seen.rfind(b"\x1b[?25l") < seen.rfind(b"\x1b[?25h")
+
+
+def test_a_run_that_the_clock_ends_shows_no_last_step(text: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {preset: tiny, num_layers: 1}\ntrain: {seq_len: 32, batch_size: 1, grad_accum: 1}\n")
+    run_of = ("train", text, "--out", tmp_path / "run", "--config", config, "--minutes", "0.03")
+    process = start(*run_of, stderr=theirs, env=environment)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(ours, 65536):
+            seen += piece
+    os.close(ours)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert re.search(rb"step \d+ ", seen)
+    assert not re.search(rb"step \d+/", seen)
 
 
 # -- interruptions, locks, and what nobody foresaw ---------------------------------------------------------------

@@ -240,7 +240,11 @@ def test_a_loss_that_explodes_keeps_the_last_good_state(
 
 def test_a_minute_is_a_minute_of_steps(tmp_path: Path, request_for: Callable[..., recipe.Request]) -> None:
     """A run limited by the clock ends soon after it, with a learning rate that has come down."""
-    progress = recipe.start(request_for(tmp_path / "run", steps=None, minutes=1 / 60, eval_every=10_000), silent)
+    events: list[dict[str, Any]] = []
+    progress = recipe.start(request_for(tmp_path / "run", steps=None, minutes=1 / 60, eval_every=10_000), events.append)
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps
+    assert all(event["steps"] is None for event in steps)  # the clock ends it: a number would be passed, or not reached
     records = [r for r in checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in r]
     assert progress.seconds >= 1
     assert records[-1]["lr"] < max(r["lr"] for r in records)
