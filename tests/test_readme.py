@@ -206,6 +206,10 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
     routed = full["domains"]["routed"]
     cost = f"{100 * routed['accuracy']:.0f} %; {routed['ppl_rise_percent']:.2f} %"
     assert f"of general text, that go where they belong; what that costs | {cost} |" in README
+    long = json.loads((folder / "forgetting_40960.json").read_text("utf-8"))["methods"]["domains"]
+    cost = f"{100 * long['routed']['accuracy']:.0f} %; {long['routed']['ppl_rise_percent']:.2f} %"
+    assert f"that go to their domain; what that costs | {cost} |" in README
+    assert long["bit_identical"] is True
     results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
     for method in [*quick.values(), *full.values()]:
         figure = method.get("ppl_forget_percent", {}).get("worst", {})
