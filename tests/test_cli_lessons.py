@@ -10,6 +10,7 @@ from pydoc_data import topics
 import pytest
 from terminal import TEXT, as_json, isolate, learned, run, start, tree, write_model
 
+from mlx_impl.learner import ContinualLearner
 from mlx_impl.modeldir import verify_manifest
 
 
@@ -78,6 +79,33 @@ def test_what_was_held_out_and_is_taught_later_is_told(model: Path, text: Path, 
     (kept,) = as_json("log", "-m", model, "main")["lessons"][0]["kept"]
     assert kept["taught_percent"] > 50
     assert f"({kept['taught_percent']:.0f} % of that text was in this lesson)" in done.out
+
+
+def test_labels_keep_their_letters_and_answers_obey_no_one(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ContinualLearner, "answer", lambda self, prompt, domain: "red\x1b[31m\nand\u202fblue")
+    source = "Screenshot 9.41\u202fPM \x1b]0;x\x07.txt"
+    record = as_json("learn", "-m", model, text, "--steps", "1", "--source", source, "--probe", "What?")
+    assert record["source"] == "Screenshot 9.41\u202fPM \ufffd]0;x\ufffd.txt"
+    done = run("learn", "-m", model, text, "--steps", "1", "--probe", "What?")
+    assert done.out.endswith("after: red\ufffd[31m and blue\n")
+    assert "\x1b" not in done.out
+
+
+def test_ctrl_c_while_the_probe_answers_says_that_the_lesson_is_kept(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(self: ContinualLearner, prompt: str, domain: str) -> str:
+        if self.store.domains():
+            raise KeyboardInterrupt
+        return "before"
+
+    monkeypatch.setattr(ContinualLearner, "answer", answer)
+    done = run("learn", "-m", model, text, "--steps", "1", "--probe", "What?")
+    assert (done.code, done.out) == (130, "")
+    assert "main v0001 was learned already; `minimac-mlx undo main` takes it back" in done.err
+    assert done.err.endswith("interrupted\n")
 
 
 def test_replay_and_ewc_can_be_switched_off(model: Path, text: Path) -> None:
