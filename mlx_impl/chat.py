@@ -15,19 +15,12 @@ from typing import Any, Protocol
 from mlx_impl import readers
 from mlx_impl.cache import PromptCache
 from mlx_impl.config import Budget
-from mlx_impl.console import (
-    Reporter,
-    count,
-    forgetting_text,
-    lesson_text,
-    report_text,
-    undo_record,
-    undo_text,
-)
+from mlx_impl.console import Reporter
 from mlx_impl.errors import InputError, MiniMacError, legible, printable
 from mlx_impl.generate import Completion, Sampling, complete, prompt_ids
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.report import report
+from mlx_impl.results import count, forgetting_text, lesson_text, report_text, undo_record, undo_text
 
 COMMANDS = {
     "/learn": ("[--domain NAME] FILE|TEXT", "teach it a file, a folder or a text"),

@@ -13,10 +13,11 @@ from typing import Any
 
 from mlx_impl import generate, readers, recipe
 from mlx_impl.config import PRESETS, Budget, ContinualLearningConfig, TrainConfig
-from mlx_impl.console import Reporter, lesson_text
+from mlx_impl.console import Reporter
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.model import ContinualLLM
 from mlx_impl.pull import pull
+from mlx_impl.results import lesson_text
 from mlx_impl.store import open_store
 from mlx_impl.tokenizer import Tokenizer
 

@@ -43,12 +43,12 @@ from benchmarks.harness import OURS, Options, alternate, beside, row, spread
 from mlx_impl import chips, decoder, kernels
 from mlx_impl.arrays import flatten
 from mlx_impl.config import ContinualLearningConfig, ModelConfig
-from mlx_impl.console import bench_text
 from mlx_impl.device import compute_dtype
 from mlx_impl.errors import MiniMacError
 from mlx_impl.model import ContinualLLM
 from mlx_impl.plots import plot_panels
 from mlx_impl.readers import text_document
+from mlx_impl.results import bench_text
 from mlx_impl.store import Store
 
 PROFILER = """{"SPDisplaysDataType": [{"_name": "Apple M3 Max", "spdisplays_mtlgpufamilysupport": "spdisplays_metal3",

@@ -39,6 +39,7 @@ ORDER = [
     "verify",
     "matrix",
     "statistics",
+    "results",
     "console",
     "shell",
     "conversion",

@@ -14,7 +14,7 @@ import pytest
 from lessons import SETTINGS, opened, text, tiny_base, tiny_tokenizer
 from terminal import run
 
-from mlx_impl import answers, console, lora, report
+from mlx_impl import answers, lora, report, results
 from mlx_impl.adapters import read_adapter
 from mlx_impl.config import Budget
 from mlx_impl.errors import InputError
@@ -95,7 +95,7 @@ def test_a_lesson_without_held_out_text_is_a_stage_without_figures(record: dict[
     forgotten = main["matrix"]["ppl_forget_percent"]["each"]
     assert forgotten == [pytest.approx(100 * math.expm1(losses[3][0] - min(losses[1][0], losses[2][0]))), None, None]
     assert {hole["lesson"] for hole in main["matrix"]["missing"]} == {"v0002"}
-    assert "nothing was held out of v0002: not measured" in console.report_text(record)
+    assert "nothing was held out of v0002: not measured" in results.report_text(record)
 
 
 def test_intervals_stand_where_there_are_documents_to_resample(record: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def test_pruned_lessons_are_counted_and_have_no_place(base: Path, tmp_path: Path
     assert domain["pruned"] == 1
     assert domain["matrix"]["names"] == ["v0002", "v0003"]
     assert domain["matrix"]["missing"] == []
-    assert "1 older lesson pruned: not measured" in console.report_text({"domains": [domain], "tokens_per_text": 64})
+    assert "1 older lesson pruned: not measured" in results.report_text({"domains": [domain], "tokens_per_text": 64})
 
 
 def test_a_store_without_lessons_or_without_the_domain_says_so(base: Path, store: Path, tmp_path: Path) -> None:
@@ -229,13 +229,13 @@ def made_up(lessons: int, source: str = "a file") -> dict[str, Any]:
 
 @pytest.mark.parametrize("lessons", [1, 2, 3, 8, 9, 40])
 def test_the_table_fits_into_80_columns(lessons: int) -> None:
-    shown = console.report_text({"domains": [made_up(lessons, "a name that is " * 5)] * 2, "tokens_per_text": 1024})
+    shown = results.report_text({"domains": [made_up(lessons, "a name that is " * 5)] * 2, "tokens_per_text": 1024})
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count("v0001 ") >= 2
 
 
 def test_the_table_has_the_figures() -> None:
-    shown = console.report_text({"domains": [made_up(3)], "tokens_per_text": 1024})
+    shown = results.report_text({"domains": [made_up(3)], "tokens_per_text": 1024})
     first = next(line for line in shown.splitlines() if line.startswith("v0001"))
     assert first.split() == ["v0001", "a", "file", "4.000", "3.010", "3.030", "+2.0", "%", "+2.0", "%"]
     assert "worst" in shown
@@ -277,7 +277,7 @@ def test_where_nothing_was_held_out_there_is_no_plot(base: Path, tmp_path: Path)
     record = report.report(learner)
     assert report.write(record, tmp_path) == [tmp_path / "report.json"]
     assert record["domains"][0]["generated"] is record["domains"][0]["routing"] is None
-    assert "nothing was held out of v0001" in console.report_text(record)
+    assert "nothing was held out of v0001" in results.report_text(record)
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------

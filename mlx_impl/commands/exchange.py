@@ -73,10 +73,11 @@ def convert(
                   minimac-mlx convert my-model model.pt --to original
     """
     from convert.original import is_checkpoint_folder
-    from mlx_impl.console import Reporter, conversion_text
+    from mlx_impl.console import Reporter
     from mlx_impl.conversion import DTYPES, format_of
     from mlx_impl.conversion import convert as write_as
     from mlx_impl.foreigndir import architecture
+    from mlx_impl.results import conversion_text
 
     to, packing, write_packed, moves = format_of(target, to), None, None, is_checkpoint_folder(source)
     kind = architecture(source)
@@ -149,8 +150,8 @@ def export(
       minimac-mlx export main for-ollama --to gguf
       minimac-mlx export medical medical-model --fuse
     """
-    from mlx_impl.console import exported_text
     from mlx_impl.exchange import export_adapter
+    from mlx_impl.results import exported_text
     from mlx_impl.store import open_store
 
     if fuse == (to is not None) or (requantize and not fuse):
@@ -183,8 +184,9 @@ def import_adapter(
       minimac-mlx import medical ./my-peft-adapter
       minimac-mlx import medical adapter.gguf
     """
-    from mlx_impl.console import Reporter, imported_text
+    from mlx_impl.console import Reporter
     from mlx_impl.exchange import import_adapter as take_in
+    from mlx_impl.results import imported_text
     from mlx_impl.store import open_store
 
     directory = model_directory(model)

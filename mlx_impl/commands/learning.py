@@ -73,8 +73,9 @@ def learn(
       minimac-mlx learn --text "The office key is under the third flower pot."
       cat log.txt | minimac-mlx learn -
     """
-    from mlx_impl.console import Reporter, lesson_text
+    from mlx_impl.console import Reporter
     from mlx_impl.learner import ContinualLearner
+    from mlx_impl.results import lesson_text
 
     for off, option, name in ((no_replay, "--no-replay", "replay_ratio"), (no_ewc, "--no-ewc", "ewc_lambda")):
         if off and options[name] is not None:

@@ -21,7 +21,7 @@ def list_domains(model: Path | None, store: Path | None, as_json: bool, quiet: b
     Example:
       minimac-mlx list
     """
-    from mlx_impl.console import domains_text
+    from mlx_impl.results import domains_text
     from mlx_impl.store import open_store
 
     records = open_store(model_directory(model), store).overview()
@@ -39,7 +39,7 @@ def log(domain: str, model: Path | None, store: Path | None, as_json: bool, quie
       minimac-mlx log
       minimac-mlx log medical
     """
-    from mlx_impl.console import log_text
+    from mlx_impl.results import log_text
     from mlx_impl.store import open_store
 
     lessons = open_store(model_directory(model), store)
@@ -70,8 +70,9 @@ def report(
       minimac-mlx report medical --tokens 4096 --out figures
     """
     from mlx_impl import report as reports
-    from mlx_impl.console import Reporter, report_text
+    from mlx_impl.console import Reporter
     from mlx_impl.learner import ContinualLearner
+    from mlx_impl.results import report_text
 
     with Reporter(quiet) as reporter:
         learner = ContinualLearner.from_checkpoint(model_directory(model), store=store)
@@ -95,7 +96,7 @@ def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as
       minimac-mlx undo
       minimac-mlx undo medical --to v0002
     """
-    from mlx_impl.console import undo_record, undo_text
+    from mlx_impl.results import undo_record, undo_text
     from mlx_impl.store import open_store, version_number
 
     lessons = open_store(model_directory(model), store)
@@ -125,7 +126,7 @@ def forget(domain: str, yes: bool, model: Path | None, store: Path | None, as_js
       minimac-mlx forget medical
       minimac-mlx forget medical --yes
     """
-    from mlx_impl.console import count, forgetting_text, size
+    from mlx_impl.results import count, forgetting_text, size
     from mlx_impl.store import open_store
 
     lessons = open_store(model_directory(model), store)
@@ -154,7 +155,7 @@ def prune(keep: int, model: Path | None, store: Path | None, as_json: bool, quie
       minimac-mlx prune
       minimac-mlx prune --keep 1
     """
-    from mlx_impl.console import count, size
+    from mlx_impl.results import count, size
     from mlx_impl.store import open_store
 
     lessons = open_store(model_directory(model), store)
@@ -181,7 +182,7 @@ def verify(model: Path | None, store: Path | None, as_json: bool, quiet: bool) -
     Example:
       minimac-mlx verify
     """
-    from mlx_impl.console import verification_text
+    from mlx_impl.results import verification_text
     from mlx_impl.verify import verify as look
 
     found = look(model_directory(model), store)

@@ -21,7 +21,7 @@ def doctor(model: Path | None, as_json: bool, quiet: bool) -> None:
       minimac-mlx doctor
     """
     from mlx_impl import device
-    from mlx_impl.console import doctor_text
+    from mlx_impl.results import doctor_text
 
     record = {**device.describe(), "model": str(model) if model else _default_model(), "advice": device.advice()}
     emit(as_json, record, doctor_text(record))
@@ -62,7 +62,8 @@ def bench(
     """
     from benchmarks.bench import run, run_all
     from benchmarks.harness import Options
-    from mlx_impl.console import Reporter, bench_text
+    from mlx_impl.console import Reporter
+    from mlx_impl.results import bench_text
 
     with Reporter(quiet) as reporter:
         options = Options(model_directory(model), data, repetitions, quick, reporter.say)

@@ -143,7 +143,8 @@ def train(
       minimac-mlx train law.txt --init my-model --out my-lawyer --epochs 2 --lr 1e-4
     """
     from mlx_impl import recipe
-    from mlx_impl.console import Reporter, training_text
+    from mlx_impl.console import Reporter
+    from mlx_impl.results import training_text
 
     with Reporter(quiet) as reporter:
         progress = recipe.run(

@@ -93,9 +93,10 @@ def generate(
       minimac-mlx generate "The patient" --domain medical
     """
     from mlx_impl.cache import PromptCache
-    from mlx_impl.console import Reporter, choice_text, context_text
+    from mlx_impl.console import Reporter
     from mlx_impl.generate import Sampling, complete, prompt_ids
     from mlx_impl.learner import ContinualLearner
+    from mlx_impl.results import choice_text, context_text
 
     with as_given():
         settings = Sampling(**sampling)
@@ -206,8 +207,9 @@ def evaluate(
       minimac-mlx eval questions.jsonl --domain medical --answers
     """
     from mlx_impl.answers import answer
-    from mlx_impl.console import Reporter, evaluation_text
+    from mlx_impl.console import Reporter
     from mlx_impl.learner import ContinualLearner
+    from mlx_impl.results import evaluation_text
 
     documents, _ = documents_from(paths, Reporter(quiet))
     learner = ContinualLearner.from_checkpoint(model_directory(model), store=store)
