@@ -2,7 +2,8 @@
 
 The order is always: write beside the target, fsync, rename, fsync the parent. On macOS `os.fsync` does not reach
 the disk, `F_FULLFSYNC` does. A process killed on the way leaves a name that starts with `.tmp-`, or a folder that was
-to be replaced under one that starts with `.old-`; `sweep` removes the first and puts the second back.
+to be replaced under one that starts with `.old-`; `sweep` removes the first and puts the second back. A folder that
+somebody is still writing is locked, and stays.
 """
 
 import contextlib
@@ -115,14 +116,15 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary, aside = target.with_name(TEMPORARY + name), target.with_name(REPLACED + name)
     temporary.mkdir(mode=0o700)
     try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            fsync(path)
-        fsync(temporary)
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        fsync(target.parent)
+        with _at_work(temporary):
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                fsync(path)
+            fsync(temporary)
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(temporary, target)
+            fsync(target.parent)
     except OSError as error:
         error.filename = error.filename or str(target)  # a write that fails does not say where
         raise
@@ -130,6 +132,35 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if aside.exists():
             _put_back(aside)
+
+
+@contextlib.contextmanager
+def _at_work(folder: Path) -> Iterator[None]:
+    """Keep `sweep` away from a folder until the block, or the process, ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody is writing a temporary folder any more."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # renamed or removed just now
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # without locks nobody can tell
+        pass
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _put_back(aside: Path) -> None:
@@ -219,10 +250,13 @@ def sweep(folder: Path) -> list[Path]:
     replaced = sorted(folder.glob(f"{REPLACED}*"))
     for path in replaced:
         _put_back(path)
-    leftovers = sorted(folder.glob(f"{TEMPORARY}*"))
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
+    leftovers = []
+    for path in sorted(folder.glob(f"{TEMPORARY}*")):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+        elif _abandoned(path):
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            continue
+        leftovers.append(path)
     return leftovers + replaced

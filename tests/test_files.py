@@ -141,6 +141,14 @@ def test_sweep_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "mine"]
 
 
+def test_sweep_leaves_what_somebody_is_writing(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-12345678-x").mkdir()
+    with files.atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("new")
+        assert files.sweep(tmp_path) == [tmp_path / ".tmp-12345678-x"]
+    assert tree(tmp_path) == {"model/weights": b"new"}
+
+
 @pytest.mark.parametrize(
     "content",
     [b"{", b"\xff\xfe", b"[1]", b'"x"', b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"],
