@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_impl.errors import InputError
 from mlx_impl.readers import Document
@@ -23,10 +22,6 @@ SMALLEST_BLOCK = 50
 """Tokens that a held-out paragraph has at least; shorter ones are joined to their neighbour."""
 SAMPLED_BLOCK = 4096
 """Characters of the blocks that a sample of a plain text consists of: several windows of training."""
-STRETCH = 16
-"""Tokens in a row that two texts hardly have in common by chance."""
-FACTOR = np.uint64(0x9E3779B97F4A7C15)
-"""Odd and large, so that a stretch's number depends on all bits of its tokens."""
 
 
 def estimated_tokens(text: str) -> int:
@@ -86,21 +81,6 @@ def split_holdout(
             break
     train = _gathered(whole, [unit for unit in units if unit not in held])
     return train, _gathered(whole, [unit for unit in units if unit in held])
-
-
-def overlap(text: NDArray[np.integer], other: NDArray[np.integer]) -> float:
-    """Share of a text's (N,) ids, in stretches of `STRETCH`, that stand somewhere in another one's (M,) too."""
-    stretches, there = (_stretches(ids) for ids in (text, other))
-    return float(np.isin(stretches[::STRETCH], there).mean()) if len(stretches) else 0.0
-
-
-def _stretches(ids: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """A number for the stretch that begins at each place, a polynomial in its tokens modulo 2^64."""
-    count = max(0, len(ids) - STRETCH + 1)
-    numbers = np.zeros(count, np.uint64)
-    for offset in range(STRETCH):
-        numbers = numbers * FACTOR + ids[offset : offset + count].astype(np.uint64)
-    return numbers
 
 
 def joined(documents: list[Document]) -> list[Document]:

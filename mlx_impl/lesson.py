@@ -22,8 +22,9 @@ from mlx_impl.base import BaseModel
 from mlx_impl.config import Budget, ContinualLearningConfig
 from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring
-from mlx_impl.holdout import estimated_tokens, overlap, sample_documents, split_holdout
+from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
 from mlx_impl.memory import lesson_bytes
+from mlx_impl.ngrams import overlap
 from mlx_impl.past import Past, hold, recall
 from mlx_impl.readers import Document
 from mlx_impl.router import Router, count_tokens
@@ -135,7 +136,8 @@ class Teacher:
         length = min(self.config.seq_len, len(train) - 1)
         past = recall(self.store, parent, self.model, self.config, seed, length, note)
         past.source, past.importance = source, importance
-        if self.config.batch_size == 1 and self.config.replay_ratio > 0.5 and past.buffer.available(past.lesson):
+        past.recognise(train, self.config.seq_len)
+        if self.config.batch_size == 1 and self.config.replay_ratio > 0.5 and past.replayable:
             note("with one window a step at most half are replayed; more than that needs --batch-size 2 or above")
         report(
             {
@@ -188,7 +190,7 @@ class Teacher:
             batch_size=session.rows,
             complete=session.complete and taken is documents,
             kept=[self._kept(version, train, *pair) for version, pair in zip(earlier, rest, strict=False)],
-            repeated=session.repeated,
+            repeated=past.repeated,
         )
 
         def write(folder: Path) -> None:
@@ -207,7 +209,7 @@ class Teacher:
         """
         if budget.steps is not None:
             return math.inf
-        ratio = self.config.replay_ratio if past.buffer.available(past.lesson) else 0.0
+        ratio = self.config.replay_ratio if past.replayable else 0.0
         ratio = min(ratio, 0.5) if self.config.batch_size == 1 else ratio  # see replay.split_rows
         for_one = BACKWARD + (BACKWARD + 1) * ratio / (1 - ratio)
         return min(budget.seconds * speed, for_one * self._passes(len(train), budget) * len(train))
@@ -244,7 +246,7 @@ class Teacher:
     def _predicted_memory(self, tokens: int, past: Past, like_base: bool) -> int:
         """Bytes at the peak of the lesson's steps, if the time allows whole batches."""
         c = self.config
-        replayed = past.buffer.available(past.lesson) > 0 and c.replay_ratio > 0
+        replayed = past.replayable > 0 and c.replay_ratio > 0
         rows = c.batch_size + (replayed and c.batch_size == 1)  # see replay.split_rows
         if like_base and c.base_ratio > 0:
             rows += max(1, math.ceil(min(c.batch_size * c.base_ratio, c.batch_size - 1)))

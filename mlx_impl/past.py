@@ -5,8 +5,8 @@ lesson is estimated when the next one begins, from the windows that the buffer k
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 
@@ -17,11 +17,13 @@ from mlx_impl.adapters import read_adapter, read_fisher
 from mlx_impl.arrays import Arrays, Tree
 from mlx_impl.base import BaseModel
 from mlx_impl.config import ContinualLearningConfig
+from mlx_impl.data import Tokens
 from mlx_impl.errors import DamagedFileError
 from mlx_impl.ewc import calibrated, consolidate, ewc_penalty, fisher_diagonal, logits_of
 from mlx_impl.loss import summed_divergence
-from mlx_impl.replay import ReplayBuffer, Window, unpack
+from mlx_impl.replay import ReplayBuffer, Window, pack, unpack, window_id
 from mlx_impl.store import Replay, Store, Version
+from mlx_impl.windows import Windows
 
 FISHER_SHARE = 0.08
 """Share of the steps' work that estimating the Fisher may add."""
@@ -31,6 +33,8 @@ WINDOW_PASSES = 5
 
 CALIBRATION_WINDOWS = 4
 """Windows, at most, on which the Fisher is compared with the divergence from the bare base."""
+
+WINDOWS_AT_ONCE = 1024
 
 TEACHERS = 8
 """Adapters of earlier versions in memory at one time."""
@@ -42,7 +46,9 @@ class Past:
 
     `lesson` numbers the one that begins; `source` and `importance` are its own. `fisher` is the accumulated one, in
     nats^2 per token, and `penalty` the distance from the version before in nats per token; they are None where there is
-    nothing to be held near. `teacher` gives the adapter to whose predictions the windows of a lesson are held.
+    nothing to be held near. `unestimated` are the lessons that `fisher` does not know, oldest first. `teacher` gives
+    the adapter to whose predictions the windows of a lesson are held. `own` are the ids of the buffer's rows that stand
+    in the text of the lesson that begins, `repeated` the numbers of the lessons that it thereby teaches again.
     """
 
     buffer: ReplayBuffer
@@ -52,6 +58,25 @@ class Past:
     fisher: Arrays | None = None
     penalty: Callable[[Tree], mx.array] | None = None
     teacher: Callable[[int], Arrays] | None = None
+    unestimated: Sequence[int] = ()
+    own: Set[bytes] = frozenset()
+    repeated: list[int] = field(default_factory=list)
+
+    def recognise(self, text: Tokens, seq_len: int) -> None:
+        """Find what the buffer holds of the text that the lesson is about to teach, in whatever windows."""
+        if not self.buffer.available(self.lesson):
+            return
+        windows = Windows(text, seq_len)
+        starts = range(0, len(windows), WINDOWS_AT_ONCE)
+        batches = (windows.batch(range(start, min(start + WINDOWS_AT_ONCE, len(windows)))) for start in starts)
+        ids = {window_id(window) for batch in batches for window in pack(*batch)}  # also those shorter than an n-gram
+        self.own = ids | self.buffer.within(text.ids)
+        self.repeated = self.buffer.lessons_within(self.own)
+
+    @property
+    def replayable(self) -> int:
+        """Rows of the buffer that are not the lesson's own text."""
+        return self.buffer.available(self.lesson, self.own)
 
     def record(self) -> Replay:
         """The buffer as a version keeps it, with the windows that came in with this lesson."""
@@ -89,6 +114,7 @@ def recall(
             note(f"{error}; until then {history[number + 1].name} stands for it")
             return read(number + 1)
 
+    past.unestimated = _unestimated(history)
     past.teacher = lambda lesson: read(best_version(history, lesson))
     past.fisher = read_fisher(store.files_of(parent), lora.adapter_arrays(model))
     return past
@@ -97,15 +123,30 @@ def recall(
 def hold(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: int, work: float = math.inf) -> None:
     """Give a past its penalty: the Fisher of the last lesson is estimated and added to that of the ones before.
 
-    The model carries the adapter as it begins, in evaluation mode. `work` is that of the lesson's steps, in tokens of a
-    forward pass. A lesson without EWC leaves the Fisher as it is, for later ones; that of the lesson before it is
-    never estimated then.
+    So is that of lessons before it which were followed by one without EWC. The model carries the adapter as it begins,
+    in evaluation mode. `work` is that of the lesson's steps, in tokens of a forward pass. A lesson without EWC leaves
+    the Fisher as it is, for later ones.
     """
-    if past.lesson == 1 or not config.use_ewc or config.ewc_lambda == 0:
+    if past.lesson == 1 or not _holds(config.use_ewc, config.ewc_lambda):
         return
-    past.fisher = _fisher(past.fisher, past.buffer, past.lesson - 1, model, config, mx.random.key(seed), work)
+    past.fisher = _fisher(past, model, config, seed, work)
     if past.fisher is not None:
         past.penalty = _penalty(lora.adapter_arrays(model), past.fisher, config.ewc_lambda)
+
+
+def _holds(use_ewc: bool, strength: float) -> bool:
+    """Whether a lesson with these settings is held by EWC."""
+    return use_ewc and strength > 0
+
+
+def _unestimated(history: Sequence[Version]) -> list[int]:
+    """The lessons whose Fisher the last version does not have; see `Past`. A lesson with EWC has that of all before."""
+    lessons: list[int] = []
+    for version in reversed(history):
+        lessons.insert(0, version.depth)
+        if _holds(version.config.get("use_ewc", True), version.config.get("ewc_lambda", 1.0)):
+            break
+    return lessons
 
 
 def best_version(history: Sequence[Version], lesson: int) -> int:
@@ -146,26 +187,21 @@ def _buffer(
     return buffer
 
 
-def _fisher(
-    before: Arrays | None,
-    buffer: ReplayBuffer,
-    lesson: int,
-    model: BaseModel,
-    config: ContinualLearningConfig,
-    key: mx.array,
-    work: float,
-) -> Arrays | None:
-    """The Fisher of lesson number `lesson`, the last one, added to that of its forerunners, `before`.
+def _fisher(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: int, work: float) -> Arrays | None:
+    """The Fisher of each lesson that has none yet, added to that of its forerunners.
 
-    As many windows as `FISHER_SHARE` of the steps' `work` goes through, one at least. Where all of the last lesson was
-    known from those before it, theirs is kept.
+    Of all of them as many windows as `FISHER_SHARE` of the steps' `work` goes through, one each at least; the latest
+    lessons, if they are more than that. A lesson whose text was known from those before it has no windows of its own.
     """
-    affordable = FISHER_SHARE * work / (WINDOW_PASSES * buffer.length)
+    affordable = FISHER_SHARE * work / (WINDOW_PASSES * past.buffer.length)
     most = min(config.ewc_fisher_samples, max(1, round(min(affordable, config.ewc_fisher_samples))))
-    windows = [row.window for row in islice(buffer.rows(lesson), most)]
-    if not windows:
-        return before
-    return consolidate(before, measured_fisher(model, windows, key), config.ewc_gamma)
+    lessons = past.unestimated[-most:]
+    fisher = past.fisher
+    for age, lesson in reversed([*enumerate(reversed(lessons))]):
+        windows = [row.window for row in islice(past.buffer.rows(lesson), most // len(lessons))]
+        if windows:
+            fisher = consolidate(fisher, measured_fisher(model, windows, mx.random.key(seed + age)), config.ewc_gamma)
+    return fisher
 
 
 def measured_fisher(model: BaseModel, windows: Sequence[Window], key: mx.array) -> Arrays:

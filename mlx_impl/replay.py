@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.ngrams import ngrams, shares
 from mlx_impl.reservoirs import Reservoirs
 
 Window = NDArray[np.int32]
@@ -218,6 +219,19 @@ class ReplayBuffer:
         inside = Counter(row.lesson.number for row in self._index.ordered() if row.id in ids)
         everywhere = Counter(row.lesson.number for row in self._index.ordered())
         return sorted(number for number, rows in inside.items() if 2 * rows >= everywhere[number])
+
+    def within(self, text: NDArray[np.integer]) -> set[bytes]:
+        """Ids of the rows of which at least half stands in a text's (N,) ids, however those were cut into windows."""
+        there, found = ngrams(text), set()
+        ordered = self._index.ordered()
+        for first in range(0, len(ordered), _CHUNK):
+            rows = ordered[first : first + _CHUNK]
+            stored = np.array(self._gather([row.slot for row in rows]))  # (B, L + 1)
+            counted = stored[:, 1:] >= 0
+            lengths = np.where(counted.any(axis=1), self.length + 1 - counted[:, ::-1].argmax(axis=1), 0)
+            alike = shares(np.where(stored < 0, -1 - stored, stored), lengths, there)
+            found |= {row.id for row, share in zip(rows, alike, strict=True) if share >= 0.5}
+        return found
 
     def rows(self, lesson: int | None = None) -> Iterator[StoredRow]:
         """The rows with their windows, of one lesson or of all: what a commit adds to the windows it has stored."""

@@ -6,7 +6,7 @@ learning-rate schedule follows. Where the time suffices for all that was asked, 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +24,7 @@ from mlx_impl.errors import NonFiniteLossError
 from mlx_impl.loss import held_loss_of, window_losses
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.past import Past
-from mlx_impl.replay import Sample, Window, extend, mix, pack, split_rows, window_id
+from mlx_impl.replay import Sample, extend, mix, split_rows
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
@@ -70,11 +70,7 @@ class Session:
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
         self.past = past
         windows = Windows(train, config.seq_len)
-        self.own = {window_id(window) for window in _packed(windows)} if past.buffer.available(past.lesson) else set()
-        """Ids of the lesson's own windows, which an earlier lesson on the same text may have left in the buffer."""
-        self.repeated = past.buffer.lessons_within(self.own)
-        """Numbers of the lessons whose text this one teaches again."""
-        self.ratio = config.replay_ratio if past.buffer.available(past.lesson, self.own) else 0.0
+        self.ratio = config.replay_ratio if past.replayable else 0.0
         accumulated = config.gradient_accumulation_steps
         seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
         affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
@@ -183,14 +179,14 @@ class Session:
         return tokens, mask, replayed
 
     def _mixed(self, tokens: NDArray[np.int32], mask: NDArray[np.float32], count: int) -> Sample:
-        """A microbatch of new windows and `count` replayed ones; the lesson's own, from before, weigh nothing.
+        """A microbatch of new windows and `count` replayed ones; those of the lesson's own text weigh nothing.
 
         Held to what a version predicted that knew them less well, they would be kept from being learned better.
         """
         sample = mix(tokens, mask, self.past.buffer, count, self.past.lesson)
-        if not self.own.intersection(sample.rows):
+        if self.past.own.isdisjoint(sample.rows):
             return sample
-        others = [1.0] * len(tokens) + [float(id not in self.own) for id in sample.rows]
+        others = [1.0] * len(tokens) + [float(id not in self.past.own) for id in sample.rows]
         return sample._replace(weights=sample.weights * mx.array(others))
 
     def _extended(self, sample: Sample, microbatch: int) -> Sample:
@@ -273,9 +269,3 @@ class Session:
             per_step = float(np.median(np.diff(self._ends)))
             self.total = int(min(self.planned, self.step + (self.deadline - now) / per_step))
         return self.step < self.total
-
-
-def _packed(windows: Windows) -> Iterator[Window]:
-    """The windows as the buffer stores them, a few at a time."""
-    for first in range(0, len(windows), 1024):
-        yield from pack(*windows.batch(range(first, min(first + 1024, len(windows)))))

@@ -20,7 +20,7 @@ from mlx_impl.errors import DamagedFileError
 from mlx_impl.ewc import ewc_penalty
 from mlx_impl.lesson import Lesson
 from mlx_impl.loss import divergence
-from mlx_impl.past import best_version, measured_fisher, recall
+from mlx_impl.past import best_version, hold, measured_fisher, recall
 from mlx_impl.readers import text_document
 from mlx_impl.replay import unpack
 from mlx_impl.store import Version
@@ -91,6 +91,40 @@ def test_a_fisher_comes_with_the_second_lesson_and_accumulates(base: Path, tmp_p
     assert any((array > 0).any().item() for array in fishers[1].values())
     floor = {name: 0.95 * array for name, array in fishers[1].items()}  # what decay leaves of it is in the next
     assert all((fishers[2][name] >= floor[name] - 1e-12).all().item() for name in floor)
+
+
+def fisher_after(base: Path, store: Path) -> dict[str, mx.array] | None:
+    """What the head of `main` knows of all lessons but its own."""
+    folder = opened(base, store).store.files_of(head(base, store))
+    return read_fisher(folder, read_adapter(folder)[0])
+
+
+def test_the_fisher_of_a_lesson_that_one_without_ewc_followed_is_made_up_for(base: Path, tmp_path: Path) -> None:
+    """The fourth lesson estimates the second's and the third's, on other windows than the third's alone."""
+    for number in range(2):
+        teach(base, tmp_path, number)
+    before = fisher_after(base, tmp_path)
+    teach(base, tmp_path, 2, use_ewc=False)
+    assert same(fisher_after(base, tmp_path), before)
+    learner = opened(base, tmp_path)
+    learner.set_adapter("main")
+    history = learner.store.history("main")
+    past = recall(learner.store, history[-1], learner.model, learner.config, 0, 32)
+    assert past.unestimated == [2, 3]
+    assert past.fisher is not None
+    expected = past.fisher
+    for lesson, key in ((2, 1), (3, 0)):
+        windows = [row.window for row in past.buffer.rows(lesson)][:4]
+        fisher = measured_fisher(learner.model, windows, mx.random.key(key))
+        expected = {name: 0.95 * expected[name] + array for name, array in fisher.items()}
+    hold(past, learner.model, learner.config, 0)
+    assert same(past.fisher, expected)
+
+
+def same(found: dict[str, mx.array] | None, expected: dict[str, mx.array] | None) -> bool:
+    assert found is not None
+    assert expected is not None
+    return found.keys() == expected.keys() and all((found[n] == expected[n]).all().item() for n in found)
 
 
 def test_without_both_a_lesson_goes_on_as_any_fine_tuning_would(base: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ ORDER = [
     "tokenizer",
     "readers",
     "holdout",
+    "ngrams",
     "turns",
     "data",
     "windows",

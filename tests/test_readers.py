@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,9 +20,7 @@ from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
 from mlx_impl.holdout import (
     FEW_DOCUMENTS,
     SAMPLED_BLOCK,
-    STRETCH,
     estimated_tokens,
-    overlap,
     sample_documents,
     split_holdout,
 )
@@ -462,14 +459,3 @@ def test_all_of_a_text_is_all_of_it(texts: list[str]) -> None:
     assert sample_documents(documents, 10**9, seed=0) == documents
     for document in sample_documents(documents, 2_000, seed=0):
         assert len(document.text) <= max(SAMPLED_BLOCK, 4 * 2_000)
-
-
-def test_overlap_counts_stretches_that_stand_anywhere_in_the_other_text() -> None:
-    rng = np.random.default_rng(0)
-    text, other = rng.integers(0, 50_000, 10 * STRETCH, dtype=np.int32), rng.integers(0, 50_000, 500, dtype=np.int32)
-    assert overlap(text, other) == 0
-    assert overlap(text, text) == 1
-    inside = np.concatenate([other[:77], text[: 3 * STRETCH], other[77:]])
-    assert overlap(text, inside) == pytest.approx(0.3)
-    assert overlap(text[:5], text) == overlap(text, text[:5]) == 0
-    assert overlap(np.sort(text), text) == 0  # the same tokens in another order

@@ -270,6 +270,26 @@ def test_priorities_of_rows_that_left_are_passed_over_and_wrong_ones_refused() -
     assert buffer.membership()["counters"]["highest_priority"] == pytest.approx(2.0, abs=1e-5)
 
 
+def test_rows_are_found_in_a_text_that_is_cut_elsewhere() -> None:
+    """Whatever their length and their mask; half of a row is enough, less is not."""
+    text = np.random.default_rng(2).integers(1, 30_000, 1000)
+    buffer = ReplayBuffer(length=63, capacity=10, strategy="uniform", seed=0)
+    mask = np.ones((4, 63))
+    mask[1, ::2] = 0
+    mask[2, 40:] = 0
+    rows = np.stack([text[at : at + 64] for at in (0, 100, 200, 300)])
+    rows[3, [0, 16]] = 30_001  # two of its four n-grams
+    buffer.insert(rows, mask, "a", 1)
+    few = rows[3].copy()
+    few[32] = 30_001
+    buffer.insert(few[None], np.ones((1, 63)), "a", 2)
+    ids = [row.id for row in buffer.rows(1)]
+    assert buffer.within(text) == buffer.within(np.append(5, text)) == set(ids)
+    assert buffer.within(text[90:170]) == {ids[1]}
+    assert buffer.within(text[::-1]) == buffer.within(text[:10]) == set()
+    assert ReplayBuffer(8, 4, "uniform", 0).within(text) == set()
+
+
 def test_the_lesson_being_learned_is_not_replayed() -> None:
     buffer = filled(a=4, b=4)
     assert {int(t[0]) // 4 for t in np.array(buffer.sample(50, excluding=2).tokens)} == {0}
