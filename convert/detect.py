@@ -11,11 +11,12 @@ ENDINGS = (".gguf", ".safetensors", ".pt", ".pth")
 READ = "a model directory, a .gguf file, or weights as .safetensors or .pt"
 
 
-def read_model(path: Path, config_file: Path | None = None) -> Model:
+def read_model(path: Path, config_file: Path | None = None, with_tokenizer: bool = True) -> Model:
     """Read the model at a path, whatever its format; `found` says in words which that is.
 
-    `config_file` is for weights without a configuration (see `state_dict.from_pt`). Raises InputError where there is
-    nothing that is read here, and what the reader of the format raises.
+    `config_file` is for weights without a configuration (see `state_dict.from_pt`). Without `with_tokenizer` the one
+    in a GGUF file, which may be of a kind that is not known, is not looked at. Raises InputError where there is nothing
+    that is read here, and what the reader of the format raises.
     """
     ending = path.suffix.lower()
     if config_file is not None and (path.is_dir() or ending == ".gguf"):
@@ -29,7 +30,7 @@ def read_model(path: Path, config_file: Path | None = None) -> Model:
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
     if ending == ".gguf":
-        return from_gguf(path)
+        return from_gguf(path, with_tokenizer)
     if ending == ".safetensors":
         return from_safetensors(path, config_file)
     if ending in ENDINGS:

@@ -57,6 +57,13 @@ class Model:
     """Which implementation runs this format: mlx, or torch for torch_ref."""
     notes: tuple[str, ...] = ()
     """What was left out on purpose, a sentence each."""
+    packed: str = ""
+    """How its weights were quantised, in words; empty where they were not."""
+
+    @property
+    def unpacked(self) -> tuple[str, ...]:
+        """What there is to say where quantised weights are written as plain ones."""
+        return (f"its weights were {self.packed}, and come out unpacked",) if self.packed else ()
 
 
 def described(config: ModelConfig) -> str:
@@ -92,7 +99,7 @@ def from_folder(folder: Path) -> Model:
         dtypes[0] if len(dtypes) == 1 else "float32",
         f"a model directory in Hugging Face's layout: {described(config)}, {stored}{shards}",
         {"folder": folder.resolve().name},
-        notes=(f"its weights were {stored}, and come out unpacked",) if quantization is not None else (),
+        packed=stored if quantization is not None else "",
     )
 
 
@@ -106,17 +113,20 @@ def check_kind(config: Mapping[str, Any], where: str, usable: str) -> None:
         )
 
 
-def from_gguf(path: Path) -> Model:
-    """A GGUF file with its tokenizer. Its type is float32: what a quantised block stands for fits nothing shorter."""
+def from_gguf(path: Path, with_tokenizer: bool = True) -> Model:
+    """A GGUF file, with its tokenizer if that is wanted, which must then be of a kind that is known.
+
+    Its type is float32: what a quantised block stands for fits nothing shorter.
+    """
     gguf = read_gguf(path)
     config = ModelConfig.from_hf(gguf.config, str(path))
     return Model(
         config,
         gguf.tensors(),
-        tokenizer_files(gguf.metadata, config.max_seq_len, str(path)),
+        tokenizer_files(gguf.metadata, config.max_seq_len, str(path)) if with_tokenizer else {},
         generation_config(config),
         "float32",
-        f"a GGUF file with its tokenizer: {described(config)}, {' and '.join(gguf.types)}",
+        f"a GGUF file{' with its tokenizer' * with_tokenizer}: {described(config)}, {' and '.join(gguf.types)}",
         {"file": path.name},
     )
 

@@ -95,10 +95,14 @@ def _pre_tokenizer(metadata: dict[str, Any], where: str) -> _Pre:
     model, name = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model != "gpt2":
         raise InputError(
-            f"{where}: a tokenizer of kind {model!r:.60}; byte-level BPE ('gpt2') and SentencePiece ('llama') are read"
+            f"{where}: a tokenizer of kind {model!r:.60}; byte-level BPE ('gpt2') and SentencePiece ('llama') are "
+            "read, and `convert --tokenizer DIR` takes another tokenizer"
         )
     if not isinstance(name, str) or name not in _PRE:
-        raise InputError(f"{where}: pre-tokeniser {name!r:.60} is not known; known are {', '.join(_PRE)}")
+        raise InputError(
+            f"{where}: pre-tokeniser {name!r:.60} is not known; known are {', '.join(_PRE)}, and "
+            "`convert --tokenizer DIR` takes another tokenizer"
+        )
     return _PRE[name]
 
 

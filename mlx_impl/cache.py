@@ -227,8 +227,8 @@ class PromptCache:
             raise InputError(f"{path}: there is no folder {path.parent} to write the prompt cache into")
 
     @classmethod
-    def load(cls, path: Path) -> "PromptCache":
-        """What `save` wrote. DamagedFileError for any other file."""
+    def load(cls, path: Path, config: Any) -> "PromptCache":
+        """What `save` wrote, of a model of this configuration. DamagedFileError for any other file."""
         shapes = {name: info.shape for name, info in validate_safetensors(path).items()}
         loaded: Any = mx.load(str(path), "safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -237,12 +237,13 @@ class PromptCache:
             if metadata["format"] != FORMAT:
                 raise ValueError(metadata["format"])
             cache.owner, cache.ids = metadata["owner"], [int(id) for id in json.loads(metadata["ids"])]
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
             raise DamagedFileError(f"{path}: not a prompt cache of this program ({FORMAT})") from None
         named = {f"{number}.{name}" for number in range(layers) for name in ("keys", "values")}
-        kinds = set(shapes.values())
-        fits = all(len(shape) == 4 and shape[0] == 1 and shape[2] == len(cache.ids) for shape in kinds)
-        if not layers or set(shapes) != named or len(kinds) != 1 or not fits:
+        shape = (1, config.num_kv_heads, len(cache.ids), config.head_dim)
+        if set(shapes) != named or set(shapes.values()) != {shape}:
             raise DamagedFileError(f"{path}: its {len(shapes)} arrays do not hold {len(cache.ids)} tokens each")
+        if layers != config.num_layers:
+            raise DamagedFileError(f"{path}: of {layers} layers, the model has {config.num_layers}")
         cache.layers = [KVCache.holding(arrays[f"{n}.keys"], arrays[f"{n}.values"]) for n in range(layers)]
         return cache

@@ -60,11 +60,12 @@ def compare_packed(
     text: list[int] = []
     with contextlib.suppress(InputError):  # weights alone have no tokenizer
         text = Tokenizer.load(target).encode(check.ENGLISH)
-    model = read_model(source, config_file)
+    model = read_model(source, config_file, with_tokenizer=False)
     tokens = check.tokens_for(model.config, text)
     expected = trace(model.config, quantised.rounded(model.tensors, packing, dtype), tokens)
     found = check.compare(expected, trace_packed(target, tokens), "packed")
-    before = trace(model.config, read_model(source, config_file).tensors, tokens)  # they may be gone through once
+    again = read_model(source, config_file, with_tokenizer=False)  # tensors may be gone through once
+    before = trace(model.config, again.tensors, tokens)
     changed = {"kl": check.divergence(before, expected), "on": "English" if text else "random ids"}
     return {**dataclasses.asdict(found), "quantising": changed}
 

@@ -60,11 +60,12 @@ def convert(
         raise InputError(f"--dtype {dtype}: {to} says how weights are stored already; leave it out")
     if target.exists():
         raise InputError(f"{target} exists already; name another place or remove it first")
-    model = read_model(source, config_file)
+    model = read_model(source, config_file, with_tokenizer=tokenizer is None)
     say(f"{source} is {model.found}")
     if tokenizer is not None:
         model = _with_tokenizer(model, tokenizer)
-    _check_tokenizer(model.tokenizer_files, model.config.vocab_size, tokenizer or source)
+    beside = source if source.is_dir() or source.suffix.lower() == ".gguf" else (config_file or source).parent
+    _check_tokenizer(model.tokenizer_files, model.config.vocab_size, tokenizer or beside)
     stored = form.precision or (DTYPES[dtype] if dtype else model.dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     (write or form.write)(model, target, stored)
@@ -75,7 +76,7 @@ def convert(
         "format": to,
         "dtype": stored,
         "parameters": model.config.num_parameters(),
-        "notes": _notes(model, source, to),
+        "notes": [*(_packed_anew(model) if write else model.unpacked), *_notes(model, source, to)],
     }
 
 
@@ -96,6 +97,11 @@ def format_of(target: Path, to: str | None = None) -> str:
         files = ", ".join(dict.fromkeys(ending for form in FORMATS.values() for ending in form.endings))
         raise InputError(f"{target}: {to} writes a folder; files that are written end in {files}")
     return to
+
+
+def _packed_anew(model: Model) -> tuple[str, ...]:
+    """What there is to say where weights are quantised that were before."""
+    return (f"its weights were {model.packed} already; what that lost stays lost",) if model.packed else ()
 
 
 def _notes(model: Model, source: Path, to: str) -> list[str]:

@@ -65,6 +65,10 @@ class TextTokenizer(Protocol):
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` works."""
 
+    @property
+    def chat_digest(self) -> str | None:
+        """Equal for tokenizers with the same chat template; None without one."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without specials."""
 
@@ -230,6 +234,11 @@ def tokens_of(documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: 
     return Tokens(np.concatenate(ids), None if loss_on == "all" else np.concatenate(trained), n_documents, n_bytes)
 
 
+def teaches(tokens: Tokens) -> bool:
+    """Whether there is a token to predict that counts."""
+    return len(tokens) >= 2 and (tokens.trained is None or bool(tokens.trained[1:].any()))
+
+
 @dataclass(frozen=True)
 class TokenFile:
     """A stream in a folder, memory-mapped; the same attributes as `Tokens`.
@@ -339,9 +348,8 @@ def tokenize_files(
 
 def _digest_of(files: list[InputFile], tokenizer: TextTokenizer, loss_on: str) -> str:
     """Hex digest of all that decides what the stream will be."""
-    # A conversation stands for the chat template, which a tokenizer's digest need not cover.
-    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-    template = tokenizer.encode_chat(chat, False) if tokenizer.has_chat_template else None
+    # Not what the template makes of a conversation, in which it may name the day.
+    template = tokenizer.chat_digest if any(file.kind == "jsonl" for file in files) else None
     inputs = [(file.kind, sha256(file.path)) for file in files]
     begin = tokenizer.bos_id if tokenizer.adds_bos else None
     made_of = [FORMAT_VERSION, tokenizer.digest, begin, tokenizer.eos_id, template, loss_on, inputs]

@@ -22,6 +22,9 @@ from mlx_impl.tokenizer import Tokenizer
 PREFILL = 512
 """Prompt tokens a forward pass: bounds the memory of attention scores and of logits."""
 
+GREEDY = 1e-6
+"""Temperatures below are as good as 0, and logits divided by them soon beyond float32."""
+
 ROOM = 1024
 """New tokens that room is made for beforehand, of however many are allowed: most texts end before that."""
 
@@ -97,6 +100,7 @@ def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
         before = mass - mx.exp(logp[order])  # mass of the likelier ones
         keep = mx.zeros(logp.shape, mx.bool_)
         keep[order] = before < sampling.top_p
+        keep[order[0]] = True
         logp = mx.where(keep, logp, -mx.inf)
     if sampling.min_p > 0:
         logp = mx.where(logp < logp.max() + mx.log(mx.array(sampling.min_p)), -mx.inf, logp)
@@ -113,7 +117,7 @@ def sample(logits: mx.array, sampling: Sampling, seen: Sequence[int], position: 
 
 def _drawn(logits: mx.array, sampling: Sampling, position: int) -> mx.array:
     """The next token, a scalar, from logits (V,) to which the penalty was done already."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return mx.argmax(logits)
     key = mx.random.key((sampling.seed << 32) + position)
     return mx.random.categorical(filtered(logits, sampling), key=key)

@@ -346,10 +346,10 @@ class Teacher:
                 estimate = sum(estimated_tokens(document.text) for document in held)  # was too low for this text
                 size = int(0.95 * estimate * HELD_OUT_AT_MOST / len(kept))
             rest = tokens_of(self._phrased(train))
-            if _teaches(kept) and _teaches(rest):
+            if data.teaches(kept) and data.teaches(rest):
                 return rest, kept
         everything = tokens_of(self._phrased(documents))
-        if not _teaches(everything):
+        if not data.teaches(everything):
             raise InputError(
                 f"nothing to predict in this text: it has {len(everything)} tokens, of which the first is given, and "
                 f"--loss-on {self.config.loss_on} says which of the others count"
@@ -393,11 +393,6 @@ class Teacher:
             heldout=kept,
             replay=past.record(),
         )
-
-
-def _teaches(tokens: data.Tokens) -> bool:
-    """Whether there is a token to predict that counts."""
-    return len(tokens) >= 2 and (tokens.trained is None or bool(tokens.trained[1:].any()))
 
 
 def check_finite(measured: Evaluation, what: str) -> None:

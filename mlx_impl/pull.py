@@ -142,7 +142,7 @@ def _refuse_to_lose(target: Path) -> None:
 
 
 def _write(target: Path, model: Model, say: Progress) -> None:
-    for note in model.notes:
+    for note in (*model.notes, *model.unpacked):
         say(note)
     say(f"writing {target}: {model.config.num_parameters():,} weights as {model.dtype}")
     modeldir.write_model_directory(

@@ -195,7 +195,10 @@ def _ignore(path: Path, reason: str) -> None:
 
 
 def _walk(folder: Path, skipped: Skipped) -> Iterator[Path]:
-    """Files of the kinds that are read, sorted; links to folders are not followed, so there are no loops."""
+    """Files of the kinds that are read, sorted; links to folders are not followed, so there are no loops.
+
+    A model directory below `folder` is passed over: what `train .` writes into is no text to train on.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: {error.strerror}")
@@ -204,6 +207,9 @@ def _walk(folder: Path, skipped: Skipped) -> Iterator[Path]:
         for name in sorted(name for name in folders if name.startswith(".")):
             skipped(Path(parent, name), "hidden")
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in [name for name in folders if _is_model(Path(parent, name))]:
+            skipped(Path(parent, name), "a model directory")
+            folders.remove(name)
         for path in sorted(Path(parent, name) for name in names):
             if path.name.startswith("."):
                 skipped(path, "hidden")
@@ -213,6 +219,11 @@ def _walk(folder: Path, skipped: Skipped) -> Iterator[Path]:
                 skipped(path, "not a regular file, or no permission to read it")
             else:
                 yield path
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is laid out like a model, of ours or of Hugging Face's, perhaps without weights yet."""
+    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
 
 
 def _decoded(path: Path) -> Iterator[str]:

@@ -18,13 +18,13 @@ import yaml
 from mlx_impl import checkpoint, data, files, kernels, modeldir, readers
 from mlx_impl.config import PRESETS, ModelConfig, TrainConfig, checked
 from mlx_impl.device import dtype_name, memory_bytes, training_dtype, use_device
-from mlx_impl.errors import InputError
+from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.memory import pretraining_bytes
 from mlx_impl.model import ContinualLLM
 from mlx_impl.packing import KEYS
 from mlx_impl.plots import plot_losses
 from mlx_impl.tokenizer import Tokenizer
-from mlx_impl.train import Progress, Trainer, total_steps
+from mlx_impl.train import Progress, Trainer
 from mlx_impl.windows import Batches, Windows
 
 Event = dict[str, Any]
@@ -36,6 +36,10 @@ CACHED_TEXTS = 4
 """Tokenised texts that are kept for other runs on them."""
 
 REQUEST = "run.json"
+LENGTHS = ("epochs", "steps", "minutes")
+"""Settings of which one says how long a run is."""
+FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of a model's configuration that a new model has from its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def run(
     report: Callable[[Event], None],
 ) -> Progress:
     """What `minimac-mlx train` does: start a run, or resume the one in `out`. `options` are fields of TrainConfig."""
+    _one_length(options, "train")
     if resuming:
         other = {"PATH": paths, "--config": config, "--init": init, "--tokenizer": tokenizer, "--eval-data": eval_data}
         if named := [name for name, value in other.items() if value]:
@@ -94,7 +99,7 @@ def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(f"--config {name}: no preset ({', '.join(PRESETS)}) and no file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, or a date that no calendar has
         raise InputError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     if isinstance(content, dict):
         content = {key: {} if value is None else value for key, value in content.items()}
@@ -107,17 +112,26 @@ def read_config(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     preset = model.pop("preset", "medium")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise InputError(f"{path}: preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+    if named := [name for name in FROM_TOKENIZER if name in model]:
+        raise InputError(f"{path}: {', '.join(named)} come from the tokenizer; see --vocab-size and --tokenizer")
     derived = {"head_dim": None} if {"d_model", "num_query_heads"} & set(model) else {}
     shape = checked(ModelConfig, {**derived, **model}, f"{path}, model", PRESETS[preset])
     train = checked(TrainConfig, content.get("train", {}), f"{path}, train")
+    _one_length(content.get("train", {}), f"{path}, train")
     return shape, {name: getattr(train, name) for name in content.get("train", {})}
 
 
 def _longer(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with changes; a length given in steps takes the place of one in minutes, and the other way round."""
-    other = {"steps": "minutes", "minutes": "steps"}
-    dropped = {other[name] for name in other if changes.get(name) is not None} - set(changes)
+    """Settings with changes; a length that is given takes the place of the one before, whatever it was given in."""
+    dropped = LENGTHS if any(changes.get(name) is not None for name in LENGTHS) else ()
     return {**{name: value for name, value in settings.items() if name not in dropped}, **changes}
+
+
+def _one_length(given: dict[str, Any], where: str) -> None:
+    """InputError where a run's length is given twice."""
+    named = [name for name in LENGTHS if given.get(name) is not None]
+    if len(named) > 1:
+        raise InputError(f"{where}: {' and '.join(named)} exclude each other; each says how long the run is")
 
 
 def start(request: Request, report: Callable[[Event], None]) -> Progress:
@@ -137,10 +151,10 @@ def start(request: Request, report: Callable[[Event], None]) -> Progress:
         try:
             checkpoint.begin(request.out, model.config, tokenizer, request.init)
             (request.out / "trainer").mkdir()
-            files.write_json(request.out / "trainer" / REQUEST, _as_json(request))
             trainer = _trainer(request, model, batches, heldout, report)
             report(forecast(trainer, len(train)))
             trainer.start()
+            files.write_json(request.out / "trainer" / REQUEST, _as_json(request))  # from here on it can be resumed
         except BaseException:  # nothing can be resumed yet, so nothing is to be left
             for path in request.out.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -165,8 +179,9 @@ def resume(out: Path, changes: dict[str, Any], report: Callable[[Event], None]) 
         config = ModelConfig.from_hf(files.read_json(out / modeldir.CONFIG), str(out / modeldir.CONFIG))
         model = ContinualLLM(config, request.train.seed)
         trainer = _trainer(request, model, _batches(request.train, config, train), heldout, report)
-        report(forecast(trainer, len(train)))
         trainer.resume()
+        files.write_json(out / "trainer" / REQUEST, _as_json(request))  # its length may be another one now
+        report(forecast(trainer, len(train)))
         return _run(trainer)
 
 
@@ -190,31 +205,38 @@ def refuse(out: Path) -> None:
     _refuse_lessons(out)
     if (out / "trainer" / REQUEST).is_file():
         raise InputError(f"{out} holds a training run; go on with --resume or name another directory")
+    if (out / "trainer").is_dir():
+        raise InputError(f"{out} holds a training run that was cut off before its first step; remove it")
     if out.is_file() or (out.is_dir() and any(path.name not in (".lock", ".DS_Store") for path in out.iterdir())):
         raise InputError(f"{out} exists already; name another directory or remove it first")
 
 
 def forecast(trainer: Trainer, tokens: int) -> Event:
-    """What the run will cost, before it starts: bytes, and seconds from two short measurements of this machine."""
+    """What the run, or the rest of it, will cost: bytes, and seconds from two short measurements of this machine."""
     config, model = trainer.config, trainer.model.config
     batches = trainer.batches
     rows, length = batches.rows, batches.windows.seq_len
     per_step = rows * length * config.grad_accum
-    steps = total_steps(config, batches)
     parameters = model.num_parameters()
-    timed = config.minutes is not None
     per = predicted_step_seconds(model, per_step, length)
     return {
         "event": "plan",
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / parameters,
-        "steps": None if timed else steps,
+        "steps": None if config.minutes is not None else trainer.total,
         "tokens_per_step": per_step,
         "predicted_memory": pretraining_bytes(model, rows, length, config.grad_accum > 1, config.recompute),
-        "predicted_seconds": 60 * (config.minutes or 0) if timed else steps * per,
+        "predicted_seconds": max(0.0, _seconds_left(trainer, per)),
         "dtype": dtype_name(trainer.dtype),
     }
+
+
+def _seconds_left(trainer: Trainer, per_step: float) -> float:
+    """Of the clock, where it ends the run, or of the steps that are left."""
+    if trainer.config.minutes is not None:
+        return 60 * trainer.config.minutes - trainer.progress.seconds
+    return (trainer.total - trainer.progress.step) * per_step
 
 
 def predicted_step_seconds(config: ModelConfig, tokens: int, length: int) -> float:
@@ -265,6 +287,7 @@ def _data(
     """Training and held-out tokens. Without --eval-data the end of the text is held out."""
     cache = request.cache or files.home() / "cache" / "tokens"
     cache.mkdir(parents=True, exist_ok=True)
+    files.sweep(cache)
     for old in sorted(cache.glob("tokens-*"), key=lambda path: path.stat().st_mtime)[:-CACHED_TEXTS]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -275,13 +298,20 @@ def _data(
     everything = data.tokenize_files(request.paths, tokenizer, cache, loss_on, progress)
     if request.eval_data is not None:
         other = data.tokenize_files([request.eval_data], tokenizer, cache, loss_on)
-        return everything, _stretch(other, 0, min(most, len(other)))
+        named = _stretch(other, 0, min(most, len(other)))
+        if not data.teaches(named):
+            raise InputError(f"--eval-data {request.eval_data}: none of its first {len(named):,} tokens counts")
+        return everything, named
     length = min(int(HELD_OUT_SHARE * len(everything)), most)
     if length < 64:
         report({"event": "note", "text": "the text is too short to hold a part out; name one with --eval-data"})
         return everything, None
     kept = len(everything) - length
-    return everything.head(kept), _stretch(everything, kept, len(everything))
+    end = _stretch(everything, kept, len(everything))
+    if not data.teaches(end):
+        report({"event": "note", "text": f"nothing of the text's end counts for --loss-on {loss_on}; name --eval-data"})
+        return everything, None
+    return everything.head(kept), end
 
 
 def _stretch(tokens: data.TokenFile, start: int, stop: int) -> data.Tokens:
@@ -352,6 +382,10 @@ def _as_json(request: Request) -> dict[str, Any]:
 
 
 def _from_json(saved: dict[str, Any], out: Path) -> Request:
-    evaluation = Path(saved["eval_data"]) if saved["eval_data"] else None
-    train = checked(TrainConfig, saved["train"], str(out / "trainer" / REQUEST))
-    return Request(tuple(Path(p) for p in saved["paths"]), out, train, eval_data=evaluation)
+    path = out / "trainer" / REQUEST
+    try:
+        evaluation = Path(saved["eval_data"]) if saved["eval_data"] else None
+        train = checked(TrainConfig, saved["train"], str(path))
+        return Request(tuple(Path(p) for p in saved["paths"]), out, train, eval_data=evaluation)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{path}: not the request of a training run ({error!r})") from None

@@ -83,6 +83,7 @@ def write(record: dict[str, Any], folder: Path) -> list[Path]:
     files.write_json(folder / "report.json", record)
     drawn = [domain for domain in record["domains"] if _measured(domain)]
     if not drawn:
+        (folder / "report.png").unlink(missing_ok=True)  # of an earlier report
         return [folder / "report.json"]
     plots.plot_forgetting(drawn, folder / "report.png")
     return [folder / "report.json", folder / "report.png"]

@@ -185,6 +185,13 @@ class Tokenizer:
         """Whether `render_chat` and `encode_chat` can be used."""
         return self.chat_template is not None
 
+    @property
+    def chat_digest(self) -> str | None:
+        """Hex digest of the chat template and the special tokens that it may write; None without one."""
+        if self.chat_template is None:
+            return None
+        return hashlib.sha256(json.dumps([self.chat_template, self._named]).encode()).hexdigest()
+
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of a conversation of {"role": ..., "content": ...}. InputError without a chat template."""
         if self.chat_template is None:

@@ -69,6 +69,7 @@ class Progress:
     loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    evaluated_step: int | None = None
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Trainer:
                     self._settle()
                     self._save()
         self._settle()
-        if self.progress.best_step != self.progress.step:
+        if self.progress.evaluated_step != self.progress.step:
             self._evaluate()
         self._save()
         return self.progress
@@ -228,6 +229,7 @@ class Trainer:
                 f"step {self.progress.step}: the held-out loss is {result.loss}; the state of step "
                 f"{self._saved} is kept"
             )
+        self.progress.evaluated_step = self.progress.step
         best = self.progress.best_loss is None or result.loss < self.progress.best_loss
         record = {"step": self.progress.step, "heldout_loss": result.loss, "accuracy": result.accuracy}
         checkpoint.append_metrics(self.metrics, record)

@@ -42,6 +42,7 @@ class ByteTokenizer:
     adds_bos = False
     digest = "bytes"
     has_chat_template = False
+    chat_digest: str | None = None
 
     def __init__(self, vocab_size: int = 259) -> None:
         self.vocab_size = vocab_size
@@ -59,6 +60,7 @@ class ByteTokenizer:
 class ChatTokenizer(ByteTokenizer):
     digest = "chat"
     has_chat_template = True
+    chat_digest: str | None = "template"
 
 
 class BeginningTokenizer(ByteTokenizer):
@@ -269,6 +271,19 @@ def test_the_cache_is_reused_until_something_that_matters_changes(tmp_path: Path
     a.write_text(a.read_text(encoding="utf-8") + "more", encoding="utf-8")
     digests.add(tokenize_files([moved], tokenizer, cache).digest)
     assert len(digests) == 11
+
+
+def test_a_chat_template_matters_to_chats_alone(tmp_path: Path) -> None:
+    """And what it makes of a conversation is not looked at: it may name the day."""
+    text, chats = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("plain")
+    chats.write_text(json.dumps({"prompt": "p", "completion": "c"}))
+    digests = []
+    for template in ("one", "two"):
+        tokenizer = ChatTokenizer()
+        tokenizer.chat_digest = template
+        digests.append([tokenize_files([path], tokenizer, tmp_path / "cache").digest for path in (text, chats)])
+    assert [first == second for first, second in zip(*digests, strict=True)] == [True, False]
 
 
 def test_a_damaged_file_is_refused_and_a_damaged_cache_made_anew(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_a_saved_prompt_cache_is_used_as_far_as_prompts_are_alike(tmp_path: Path
     answer, known = read(model, kept, first)
     assert known == 0
     kept.save(tmp_path / "kept.safetensors")
-    again = PromptCache.load(tmp_path / "kept.safetensors")
+    again = PromptCache.load(tmp_path / "kept.safetensors", model.config)
     assert (again.ids, again.owner) == ([*first, *answer[:5]], "base"), "the last token was never read"
     for cache in (kept, again):
         tokens, known = read(model, cache, second)
@@ -353,6 +353,10 @@ def test_files_that_are_no_prompt_cache(tmp_path: Path) -> None:
         ("other", arrays, {**metadata, "format": "x"}, "not a prompt cache"),
         ("unnamed", arrays, {}, "not a prompt cache"),
         ("nested", arrays, {**metadata, "ids": "[[1]]"}, "not a prompt cache"),
+        ("endless", arrays, {**metadata, "ids": "[Infinity]"}, "not a prompt cache"),
+        ("deep", arrays, {**metadata, "ids": "[" * 100_000}, "not a prompt cache"),
+        ("wide", {n: mx.concatenate([a, a], axis=3) for n, a in arrays.items()}, metadata, "do not hold 14 tokens"),
+        ("shallow", {n: a for n, a in arrays.items() if n.startswith("0.")}, metadata, "of 1 layers, the model has 3"),
         ("short", arrays, {**metadata, "ids": "[1, 2]"}, "do not hold 2 tokens"),
         ("odd", {**arrays, "0.other": arrays["0.keys"]}, metadata, "do not hold 14 tokens"),
         ("partial", {n: a for n, a in arrays.items() if n != "1.values"}, metadata, "not a prompt cache|do not hold"),
@@ -360,7 +364,7 @@ def test_files_that_are_no_prompt_cache(tmp_path: Path) -> None:
     ):
         mx.save_safetensors(str(tmp_path / f"{name}.safetensors"), changed, told)
         with pytest.raises(DamagedFileError, match=match):
-            PromptCache.load(tmp_path / f"{name}.safetensors")
+            PromptCache.load(tmp_path / f"{name}.safetensors", model.config)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DamagedFileError):
-        PromptCache.load(path)
+        PromptCache.load(path, model.config)

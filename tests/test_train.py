@@ -101,6 +101,71 @@ def test_a_resumed_run_is_the_run_itself(
     assert [name for name in whole if whole[name] != parts[name]] == []
 
 
+def test_a_new_length_stays_with_the_run(tmp_path: Path, request_for: Callable[..., recipe.Request]) -> None:
+    """Asked for when the run was over, it is not asked for again by whoever resumes after a stop."""
+    recipe.start(request_for(tmp_path / "run", steps=4), silent)
+    with pytest.raises(Stop):
+        recipe.resume(tmp_path / "run", {"steps": 8}, stop_after(6))
+    assert recipe.resume(tmp_path / "run", {}, silent).step == 8
+
+
+@pytest.mark.parametrize("before", [{"steps": 1}, {"steps": None, "minutes": 1e-4}])
+def test_epochs_take_the_place_of_another_length(
+    tmp_path: Path, request_for: Callable[..., recipe.Request], before: dict[str, Any]
+) -> None:
+    asked = request_for(tmp_path / "run", eval_every=1000, **before)
+    assert recipe.start(asked, silent).step < 9
+    events: list[dict[str, Any]] = []
+    progress = recipe.resume(tmp_path / "run", {"epochs": 0.1}, events.append)
+    plan = next(event for event in events if event["event"] == "plan")
+    assert progress.step == plan["steps"] > 8
+
+
+def test_the_plan_of_a_resumed_run_is_what_is_left(tmp_path: Path, request_for: Callable[..., recipe.Request]) -> None:
+    recipe.start(request_for(tmp_path / "run", steps=2), silent)
+    for steps, left in ((2, False), (3, True)):
+        events: list[dict[str, Any]] = []
+        recipe.resume(tmp_path / "run", {"steps": steps}, events.append)
+        plan = next(event for event in events if event["event"] == "plan")
+        assert (plan["predicted_seconds"] > 0) == left
+
+
+def test_a_step_is_evaluated_once(
+    tmp_path: Path, request_for: Callable[..., recipe.Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last one is not the best, and where a run that is over is resumed."""
+    losses = iter([4.0, 5.0])
+
+    class Measured:
+        accuracy, tokens = 0.0, 1
+
+        def __init__(self) -> None:
+            self.loss = next(losses)
+
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: Measured())
+    recipe.start(request_for(tmp_path / "run", steps=4, eval_every=2), silent)
+    recipe.resume(tmp_path / "run", {}, silent)
+    records = checkpoint.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records if "heldout_loss" in record] == [2, 4]
+
+
+def test_a_model_inside_the_folder_that_it_learns_from_is_no_text(
+    tmp_path: Path, request_for: Callable[..., recipe.Request], text: Path
+) -> None:
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "a.txt").write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    recipe.start(replace(request_for(books / "model", steps=2), paths=(books,)), silent)
+    assert recipe.resume(books / "model", {"steps": 3}, silent).step == 3
+
+
+def test_what_a_killed_reader_left_is_swept(tmp_path: Path, request_for: Callable[..., recipe.Request]) -> None:
+    left = tmp_path / "home" / "cache" / "tokens" / ".tmp-12345678-tokens-0"
+    left.mkdir(parents=True)
+    recipe.start(request_for(tmp_path / "run", steps=1), silent)
+    assert not left.exists()
+
+
 def test_dropout_is_part_of_the_state(tmp_path: Path, request_for: Callable[..., recipe.Request]) -> None:
     """The test above would not notice a lost random state without this: dropout must change the result."""
     recipe.start(request_for(tmp_path / "with"), silent)
@@ -291,6 +356,11 @@ def test_output_directories_in_use_are_refused(tmp_path: Path, request_for: Call
         recipe.start(request_for(run), silent)
     with pytest.raises(InputError, match="no training to resume"):
         recipe.resume(other, {}, silent)
+    (run / "trainer" / "run.json").unlink()  # as after a kill before the first state is whole
+    with pytest.raises(InputError, match="cut off before its first step; remove it"):
+        recipe.start(request_for(run), silent)
+    with pytest.raises(InputError, match="no training to resume"):
+        recipe.resume(run, {}, silent)
     assert [path.name for path in other.iterdir()] == ["precious.txt"]
 
 
@@ -378,6 +448,32 @@ def test_resume_refuses_other_settings_and_damaged_states(
         recipe.resume(run, {}, silent)
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", '{"paths": 1, "eval_data": null, "train": {}}', '{"train": [], "paths": []}']
+)
+def test_a_damaged_request_is_named(tmp_path: Path, request_for: Callable[..., recipe.Request], content: str) -> None:
+    recipe.start(request_for(tmp_path / "run", steps=1), silent)
+    (tmp_path / "run" / "trainer" / "run.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"run\.json: not the request of a training run"):
+        recipe.resume(tmp_path / "run", {}, silent)
+
+
+def test_held_out_text_in_which_nothing_counts(
+    tmp_path: Path, request_for: Callable[..., recipe.Request], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named, it is refused before anything is written; where it is the text's end, nothing is held out."""
+    asked = request_for(tmp_path / "run", loss_on="completion", steps=1, eval_tokens=64)
+    row = {"prompt": text.read_text(encoding="utf-8")[:20_000], "completion": "So be it."}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"--eval-data .*none of its first 64 tokens counts"):
+        recipe.start(replace(asked, eval_data=tmp_path / "eval.jsonl"), silent)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(recipe.data, "teaches", lambda tokens: False)
+    events: list[dict[str, Any]] = []
+    assert recipe.start(asked, events.append).best_loss is None
+    assert any("nothing of the text's end counts" in event.get("text", "") for event in events)
+
+
 def test_changed_text_is_refused(tmp_path: Path, request_for: Callable[..., recipe.Request], text: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
@@ -414,6 +510,9 @@ def test_yaml_configurations(tmp_path: Path) -> None:
         ("model: {num_layers: 0}", "num_layers = 0"),
         ("model: {dropout: true}", r"dropout \(True is not a float\)"),
         ("a: {\n\t", "no valid YAML"),
+        ("train: {steps: 2024-99-99}", "no valid YAML"),
+        ("train: {steps: 1, epochs: 2}", "epochs and steps exclude each other"),
+        ("model: {vocab_size: 320}", "vocab_size come from the tokenizer"),
     ],
 )
 def test_wrong_yaml_is_one_line(tmp_path: Path, content: str, message: str) -> None:

@@ -202,7 +202,7 @@ def _compared(source: Path, target: Path, config: Path | None, stored: str) -> d
     from convert.detect import read_model
 
     def traced(path: Path, config: Path | None = None) -> Any:
-        model = read_model(path, config)
+        model = read_model(path, config, with_tokenizer=False)
         if model.framework == "torch":
             try:
                 from torch_ref.check import trace

@@ -116,12 +116,13 @@ def generate(
         Reporter(quiet).say(context_text(len(ids), max_tokens, context))
     shown = harmless if sys.stdout is not None and sys.stdout.isatty() else str
     on_text = (lambda piece: None) if as_json else (lambda piece: write(shown(piece)))
-    there = prompt_cache is not None and prompt_cache.exists() and prompt_cache.stat().st_size > 0
-    kept = PromptCache.load(prompt_cache) if prompt_cache is not None and there else PromptCache()
-    owner = learner.weights_id()
-    cache = kept.take(ids, owner) or learner.model.make_cache(window)
+    kept, empty = PromptCache(), learner.model.make_cache(window)
     if prompt_cache is not None:
-        kept.check(prompt_cache, cache)  # before the answer takes its time
+        kept.check(prompt_cache, empty)  # before the answer takes its time
+        if prompt_cache.exists() and prompt_cache.stat().st_size > 0:
+            kept = PromptCache.load(prompt_cache, learner.model.config)
+    owner = learner.weights_id()
+    cache = kept.take(ids, owner) or empty
     result = complete(learner.model, tokenizer, ids, max_tokens, settings, stop, window, on_text, cache)
     record = {
         "text": result.text,
