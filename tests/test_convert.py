@@ -216,6 +216,23 @@ def test_a_tokenizer_travels_with_its_model_or_is_given(tmp_path: Path) -> None:
     assert tree(tmp_path / "speaks")["tokenizer.json"] == before["tokenizer.json"]
 
 
+def test_a_tokenizer_that_is_given_stands_in_for_one_that_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older GGUF files do not name their pre-tokeniser."""
+    source = write_model(tmp_path / "model")
+    convert(source, tmp_path / "w.gguf")
+
+    def unknown(*arguments: object) -> None:
+        raise InputError("pre-tokeniser None is not known")
+
+    monkeypatch.setattr("convert.model.tokenizer_files", unknown)
+    with pytest.raises(InputError, match="pre-tokeniser None"):
+        convert(tmp_path / "w.gguf", tmp_path / "mute")
+    convert(tmp_path / "w.gguf", tmp_path / "speaks", tokenizer=source)
+    assert tree(tmp_path / "speaks")["tokenizer.json"] == tree(source)["tokenizer.json"]
+
+
 def test_a_bare_tokenizer_model_is_a_models_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in older Llama checkpoints: every command takes the directory, and what is written has a tokenizer.json."""
     import sentencepiece
@@ -257,6 +274,7 @@ def test_a_tokenizer_model_that_can_only_be_kept_is_kept(tmp_path: Path) -> None
     reason = "no tokenizer.json gives the same ids: it removes extra spaces before it splits a text"
     assert note == f"the tokenizer stays as it is: tokenizer.model: {reason}"
     assert Tokenizer.load(tmp_path / "copy").encode(" a  b ") == Tokenizer.load(base).encode("a b")
+    assert convert(base / "model.safetensors", tmp_path / "from weights")["notes"] == [note]
     with pytest.raises(InputError, match=reason):
         convert(base, tmp_path / "w.gguf")
     (base / "tokenizer.model").write_bytes(b"tokens")
@@ -267,7 +285,7 @@ def test_a_tokenizer_model_that_can_only_be_kept_is_kept(tmp_path: Path) -> None
     (small / "tokenizer.model").write_bytes(tiny_models.sentencepiece_model(remove_extra_whitespaces=True))
     with pytest.raises(InputError, match="has 420 ids and the model only 400 rows"):
         convert(small, tmp_path / "other")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "copy", "small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "copy", "from weights", "small"]
 
 
 def test_what_a_target_does_not_hold_is_told(tmp_path: Path) -> None:

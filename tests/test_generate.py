@@ -228,8 +228,10 @@ def test_the_filters(numbers: list[int], temperature: float, top_k: int, top_p: 
 def test_filters_that_leave_one_token_are_greedy(numbers: list[int], seed: int) -> None:
     logits = mx.array(numbers, mx.float32)
     for one in (
+        Sampling(1e-40, seed=seed),
         Sampling(0.7, top_k=1, seed=seed),
         Sampling(0.7, top_p=1e-6, seed=seed),
+        Sampling(0.7, top_p=1e-46, seed=seed),
         Sampling(0.7, min_p=1.0, seed=seed),
     ):
         assert sample(logits, one, (), 3).item() == np.argmax(numbers)

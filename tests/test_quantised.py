@@ -409,6 +409,8 @@ def test_that_weights_are_unpacked_is_told(tmp_path: Path) -> None:
     said.clear()
     pull(str(tmp_path / "dense"), tmp_path / "home", said.append)
     assert told not in said
+    done = run("convert", base, tmp_path / "again", "--quantize", "8", "--json")
+    assert json.loads(done.out)["notes"] == ["its weights were quantised to 4 bits already; what that lost stays lost"]
 
 
 def test_requantising_needs_a_quantised_base(tmp_path: Path) -> None:

@@ -275,7 +275,9 @@ def test_where_nothing_was_held_out_there_is_no_plot(base: Path, tmp_path: Path)
     learner = opened(base, tmp_path / "store")
     teach(learner, 2, characters=600)
     record = report.report(learner)
+    (tmp_path / "report.png").write_text("of an earlier report")
     assert report.write(record, tmp_path) == [tmp_path / "report.json"]
+    assert not (tmp_path / "report.png").exists()
     assert record["domains"][0]["generated"] is record["domains"][0]["routing"] is None
     assert "nothing was held out of v0001" in results.report_text(record)
 
