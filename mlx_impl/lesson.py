@@ -63,7 +63,8 @@ class Lesson:
 
     `tokens` are those to train on, of a sample where the text was too long for the time; it is `complete` without one.
     `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them;
-    `repeated` are the numbers of those whose text it taught again.
+    `repeated` are the numbers of those whose text it taught again, `taught_percent` the share of its held-out part that
+    they taught.
     """
 
     domain: str
@@ -84,15 +85,18 @@ class Lesson:
     complete: bool
     kept: list[dict[str, Any]] = field(default_factory=list)
     repeated: list[int] = field(default_factory=list)
+    taught_percent: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """What `learn --json` prints."""
         record = asdict(self)
         before, after = record.pop("before"), record.pop("after")
-        record[record.pop("measured")] = {
+        taught, measured = record.pop("taught_percent"), record.pop("measured")
+        record[measured] = {
             "before": before,
             "after": after,
             "tokens": record.pop("measured_tokens"),
+            **({"taught_percent": taught} if measured == "heldout" else {}),
         }
         return {**record, "tokens_per_second": self.trained_tokens / self.training_seconds}
 
@@ -136,7 +140,7 @@ class Teacher:
         length = min(self.config.seq_len, len(train) - 1)
         past = recall(self.store, parent, self.model, self.config, seed, length, note)
         past.source, past.importance = source, importance
-        past.recognise(train, self.config.seq_len)
+        past.recognise(train, heldout, self.config.seq_len)
         if self.config.batch_size == 1 and self.config.replay_ratio > 0.5 and past.replayable:
             note("with one window a step at most half are replayed; more than that needs --batch-size 2 or above")
         report(
@@ -191,6 +195,7 @@ class Teacher:
             complete=session.complete and taken is documents,
             kept=[self._kept(version, train, *pair) for version, pair in zip(earlier, rest, strict=False)],
             repeated=past.repeated,
+            taught_percent=100 * past.known,
         )
 
         def write(folder: Path) -> None:
@@ -209,7 +214,7 @@ class Teacher:
         """
         if budget.steps is not None:
             return math.inf
-        ratio = self.config.replay_ratio if past.replayable else 0.0
+        ratio = self.config.replay_ratio * past.replayable
         ratio = min(ratio, 0.5) if self.config.batch_size == 1 else ratio  # see replay.split_rows
         for_one = BACKWARD + (BACKWARD + 1) * ratio / (1 - ratio)
         return min(budget.seconds * speed, for_one * self._passes(len(train), budget) * len(train))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import islice
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_impl import lora
 from mlx_impl.adapters import read_adapter, read_fisher
@@ -48,7 +49,8 @@ class Past:
     nats^2 per token, and `penalty` the distance from the version before in nats per token; they are None where there is
     nothing to be held near. `unestimated` are the lessons that `fisher` does not know, oldest first. `teacher` gives
     the adapter to whose predictions the windows of a lesson are held. `own` are the ids of the buffer's rows that stand
-    in the text of the lesson that begins, `repeated` the numbers of the lessons that it thereby teaches again.
+    in the text of the lesson that begins, `repeated` the numbers of the lessons that it thereby teaches again, `known`
+    the share of its held-out part that earlier lessons taught.
     """
 
     buffer: ReplayBuffer
@@ -61,22 +63,28 @@ class Past:
     unestimated: Sequence[int] = ()
     own: Set[bytes] = frozenset()
     repeated: list[int] = field(default_factory=list)
+    known: float = 0.0
 
-    def recognise(self, text: Tokens, seq_len: int) -> None:
-        """Find what the buffer holds of the text that the lesson is about to teach, in whatever windows."""
+    def recognise(self, text: Tokens, heldout: Tokens | None, seq_len: int) -> None:
+        """Find what the buffer holds of the text that the lesson is about to teach, in whatever windows.
+
+        And of what is held out of it, which is not to be trained on by way of replay either.
+        """
         if not self.buffer.available(self.lesson):
             return
         windows = Windows(text, seq_len)
         starts = range(0, len(windows), WINDOWS_AT_ONCE)
         batches = (windows.batch(range(start, min(start + WINDOWS_AT_ONCE, len(windows)))) for start in starts)
         ids = {window_id(window) for batch in batches for window in pack(*batch)}  # also those shorter than an n-gram
-        self.own = ids | self.buffer.within(text.ids)
+        whole = text.ids if heldout is None else np.concatenate([text.ids, heldout.ids])
+        self.own = ids | self.buffer.within(whole)
+        self.known = 0.0 if heldout is None else self.buffer.known(heldout.ids)
         self.repeated = self.buffer.lessons_within(self.own)
 
     @property
-    def replayable(self) -> int:
-        """Rows of the buffer that are not the lesson's own text."""
-        return self.buffer.available(self.lesson, self.own)
+    def replayable(self) -> float:
+        """Share of the buffer's earlier rows that are not the lesson's own text; 0 where there are none."""
+        return self.buffer.available(self.lesson, self.own) / max(1, self.buffer.available(self.lesson))
 
     def record(self) -> Replay:
         """The buffer as a version keeps it, with the windows that came in with this lesson."""

@@ -18,10 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.ngrams import ngrams, shares
-from mlx_impl.reservoirs import Reservoirs
+from mlx_impl.reservoirs import Reservoirs, Row
 
 Window = NDArray[np.int32]
 """A packed window (n + 1,): its tokens; one whose prediction does not count, t, as -1 - t."""
+
+NEARLY_ALL = 0.8
+"""Share of a lesson's rows with which its text counts as taught again: a part of it may have been changed."""
+
+DRAWS = 32
+"""How often so many rows are drawn, at most, for one that is not left out."""
 
 _FIRST_ROWS = 256
 _PADDING = -1  # token 0, not counted
@@ -188,16 +194,27 @@ class ReplayBuffer:
         self._windows[mx.array(list(windows), mx.int32)] = mx.array(block)
         mx.eval(self._windows)  # MLX then writes in place; left lazy, the next write would copy all rows
 
-    def sample(self, count: int, excluding: int | None = None) -> Sample:
+    def sample(self, count: int, excluding: int | None = None, without: Set[bytes] = frozenset()) -> Sample:
         """`count` rows, tokens (count, L + 1) and mask (count, L), none of the lesson `excluding`.
 
-        Weights are 1 but for the strategy `importance`. InputError if there is nothing to draw.
+        Nor of the ids `without`, in whose place others are drawn; where none is found, such a row stays, of weight 0.
+        Weights are else 1 but for the strategy `importance`. InputError if there is nothing to draw.
         """
         rows, weights = self._index.draw(count, excluding)
+        for place in (place for place, row in enumerate(rows) if row.id in without):
+            rows[place], weights[place] = self._another(excluding, without) or (rows[place], 0.0)
         stored = self._gather([row.slot for row in rows])  # (count, L + 1)
         tokens = mx.where(stored < 0, -1 - stored, stored)
         mask = (stored[:, 1:] >= 0).astype(mx.float32)
         return Sample(tokens, mask, mx.array(weights, mx.float32), [row.id for row in rows])
+
+    def _another(self, excluding: int | None, without: Set[bytes]) -> tuple[Row, float] | None:
+        """A row that is not `without`, and its weight; None where `DRAWS` draws of `DRAWS` rows find none."""
+        for _ in range(DRAWS):
+            drawn = zip(*self._index.draw(DRAWS, excluding), strict=True)
+            if found := next(((row, float(weight)) for row, weight in drawn if row.id not in without), None):
+                return found
+        return None
 
     def update_priorities(self, rows: Sequence[bytes], losses: ArrayLike) -> None:
         """Note the losses (B,) in nats per token that rows drawn before have now; rows that left are passed over.
@@ -215,10 +232,10 @@ class ReplayBuffer:
         return [self._index.rows[id].lesson.number for id in rows]
 
     def lessons_within(self, ids: Set[bytes]) -> list[int]:
-        """Numbers of the lessons of whose rows at least half are among `ids`, in order."""
+        """Numbers of the lessons of whose rows nearly all are among `ids`, in order."""
         inside = Counter(row.lesson.number for row in self._index.ordered() if row.id in ids)
         everywhere = Counter(row.lesson.number for row in self._index.ordered())
-        return sorted(number for number, rows in inside.items() if 2 * rows >= everywhere[number])
+        return sorted(number for number, rows in inside.items() if rows >= NEARLY_ALL * everywhere[number])
 
     def within(self, text: NDArray[np.integer]) -> set[bytes]:
         """Ids of the rows of which at least half stands in a text's (N,) ids, however those were cut into windows."""
@@ -232,6 +249,12 @@ class ReplayBuffer:
             alike = shares(np.where(stored < 0, -1 - stored, stored), lengths, there)
             found |= {row.id for row, share in zip(rows, alike, strict=True) if share >= 0.5}
         return found
+
+    def known(self, text: NDArray[np.integer]) -> float:
+        """Share of a text's (N,) ids, in n-grams, that stand in some row."""
+        rows = [unpack(row.window)[0] for row in self.rows()]
+        there = np.unique(np.concatenate([ngrams(row) for row in rows])) if rows else ngrams(text[:0])
+        return float(shares(text[None], np.array([len(text)]), there)[0])
 
     def rows(self, lesson: int | None = None) -> Iterator[StoredRow]:
         """The rows with their windows, of one lesson or of all: what a commit adds to the windows it has stored."""
@@ -285,7 +308,14 @@ def _empty_rows(rows: int, length: int) -> mx.array:
     return mx.full((rows, length + 1), _PADDING, mx.int32)
 
 
-def mix(tokens: ArrayLike, mask: ArrayLike, buffer: ReplayBuffer, count: int, excluding: int | None = None) -> Sample:
+def mix(
+    tokens: ArrayLike,
+    mask: ArrayLike,
+    buffer: ReplayBuffer,
+    count: int,
+    excluding: int | None = None,
+    without: Set[bytes] = frozenset(),
+) -> Sample:
     """A batch of new windows, tokens (B, T + 1) and mask (B, T), with `count` replayed ones behind them.
 
     `count` comes from `split_rows`; where there is nothing to draw, the batch is all new. Rows are padded to the
@@ -295,9 +325,9 @@ def mix(tokens: ArrayLike, mask: ArrayLike, buffer: ReplayBuffer, count: int, ex
     """
     new = Sample(mx.array(np.asarray(tokens, np.int32)), mx.array(np.asarray(mask, np.float32)), mx.ones(0), [])
     rows = len(new.tokens)
-    if count == 0 or buffer.available(excluding) == 0:
+    if count == 0 or buffer.available(excluding, without) == 0:
         return new._replace(weights=mx.ones(rows))
-    old = buffer.sample(count, excluding)
+    old = buffer.sample(count, excluding, without)
     width = max(new.mask.shape[1], old.mask.shape[1])
     share = (new.mask.sum() / rows) / (old.mask.sum() / count)
     return Sample(

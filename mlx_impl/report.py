@@ -170,6 +170,7 @@ def _measure(learner: ContinualLearner, history: _History, progress: "_Progress"
                 "source": version.source,
                 "measured_tokens": int(counts[j].sum()),
                 "documents": int((counts[j] > 0).sum()),
+                "taught_percent": _taught_later(history.versions, j),
                 "ppl_forget_interval": found.as_json() if (found := intervals[j]) else None,
             }
             for j, version in enumerate(history.versions)
@@ -178,6 +179,12 @@ def _measure(learner: ContinualLearner, history: _History, progress: "_Progress"
         "matrix": ForgettingMatrix([version.name for version in history.versions], losses).as_json(),
         "generated": generated if history.prompts else None,
     }
+
+
+def _taught_later(versions: list[Version], j: int) -> float:
+    """Percent of a lesson's held-out text that a later one taught, as far as that was measured then."""
+    kept = (kept for version in versions[j + 1 :] for kept in version.figures.get("kept", ()))
+    return max((k.get("taught_percent", 0.0) for k in kept if k["version"] == versions[j].name), default=0.0)
 
 
 def _interval(stages: list[Floats], counts: Floats) -> Interval | None:

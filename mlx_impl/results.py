@@ -12,7 +12,7 @@ from mlx_impl.errors import legible, listed
 Record = dict[str, Any]
 
 TOLD = 5.0
-"""Percent of a lesson's held-out text that a later one taught, from which on it is said."""
+"""Percent of a lesson's held-out text that another one taught, from which on it is said."""
 LESSONS_ACROSS = 8
 """Lessons whose losses after every stage fit into 80 columns."""
 
@@ -57,11 +57,12 @@ def lesson_text(lesson: Record) -> str:
     lines = [
         f"{lesson['domain']} {lesson['version']}: learned {lesson['source']} in {duration(lesson['seconds'])}, "
         f"{lesson['steps']} steps of {count(lesson['batch_size'], 'window')}{replayed}{share}",
-        f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token",
+        f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token"
+        f"{_taught(figures, 'an earlier lesson')}",
     ]
     lines += [
         f"{earlier['version']} ({earlier['source']}): {earlier['before']:.3f} -> {earlier['after']:.3f}, "
-        f"perplexity {earlier['ppl_forget_percent']:+.1f} %{_taught(earlier)}"
+        f"perplexity {earlier['ppl_forget_percent']:+.1f} %{_taught(earlier, 'this lesson')}"
         for earlier in lesson["kept"]
     ]
     if "probe" in lesson:
@@ -69,10 +70,10 @@ def lesson_text(lesson: Record) -> str:
     return "\n".join(lines)
 
 
-def _taught(kept: Record) -> str:
-    """A warning where a lesson's held-out text was taught by a later one: its loss says nothing of forgetting then."""
-    share = kept.get("taught_percent", 0.0)
-    return f" ({share:.0f} % of that text was in this lesson)" if share >= TOLD else ""
+def _taught(measured: Record, where: str) -> str:
+    """A warning where held-out text was taught by another lesson: its loss then says less of what was learned."""
+    share = measured.get("taught_percent", 0.0)
+    return f" ({share:.0f} % of that text was in {where})" if share >= TOLD else ""
 
 
 def choice_text(domain: str | None) -> str:
@@ -186,6 +187,12 @@ def _domain_notes(record: Record) -> list[str]:
             f"{own['repetition_4']:.0%} of 4-grams repeat ({base['repetition_4']:.0%}), "
             f"longest loop {own['longest_loop']} ({base['longest_loop']})"
         )
+    lines += [
+        f"{lesson['taught_percent']:.0f} % of {lesson['version']}'s held-out text was taught by a later lesson: "
+        "whether it was forgotten cannot be told"
+        for lesson in record["lessons"]
+        if lesson["taught_percent"] >= TOLD
+    ]
     unmeasured = [lesson["version"] for lesson in record["lessons"] if not lesson["measured_tokens"]]
     if unmeasured:
         lines.append(f"nothing was held out of {', '.join(unmeasured)}: not measured")
@@ -230,7 +237,7 @@ def log_text(domain: str, lessons: list[Record], pruned: int) -> str:
     for r in lessons:
         taught = "" if "imported" in r else f"{r['tokens']:,} tokens, {r['steps']:,} steps, {duration(r['seconds'])}  "
         lines.append(f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {taught}{_change(r)}  {r['source']}")
-        kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %" for k in r.get("kept", [])]
+        kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %{_taught(k, r['version'])}" for k in r.get("kept", [])]
         if kept:
             lines.append(f"       perplexity of earlier lessons: {', '.join(kept)}")
     if pruned:

@@ -70,7 +70,7 @@ class Session:
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
         self.past = past
         windows = Windows(train, config.seq_len)
-        self.ratio = config.replay_ratio if past.replayable else 0.0
+        self.ratio = config.replay_ratio * past.replayable
         accumulated = config.gradient_accumulation_steps
         seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
         affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
@@ -148,7 +148,8 @@ class Session:
     def _one(self, report: Callable[[Event], None]) -> None:
         accumulated = self.config.gradient_accumulation_steps
         new = [self._new_rows(self.step * accumulated + number) for number in range(accumulated)]
-        mixed = [self._mixed(*batch) for batch in new]
+        past = self.past
+        mixed = [mix(tokens, mask, past.buffer, count, past.lesson, past.own) for tokens, mask, count in new]
         warmup = max(1, round(self.config.warmup * self.total))
         rate = warmup_cosine(self.step, self.total, warmup, self.config.peak_rate(self.total))
         extended = [self._extended(sample, self.step * accumulated + number) for number, sample in enumerate(mixed)]
@@ -177,17 +178,6 @@ class Session:
         count, replayed = split_rows(self.rows, self.ratio, microbatch)
         tokens, mask = self.batches.take(min(count, len(self.batches.windows)))
         return tokens, mask, replayed
-
-    def _mixed(self, tokens: NDArray[np.int32], mask: NDArray[np.float32], count: int) -> Sample:
-        """A microbatch of new windows and `count` replayed ones; those of the lesson's own text weigh nothing.
-
-        Held to what a version predicted that knew them less well, they would be kept from being learned better.
-        """
-        sample = mix(tokens, mask, self.past.buffer, count, self.past.lesson)
-        if self.past.own.isdisjoint(sample.rows):
-            return sample
-        others = [1.0] * len(tokens) + [float(id not in self.past.own) for id in sample.rows]
-        return sample._replace(weights=sample.weights * mx.array(others))
 
     def _extended(self, sample: Sample, microbatch: int) -> Sample:
         """A microbatch with its rows of text like the base's."""

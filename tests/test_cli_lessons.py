@@ -79,6 +79,11 @@ def test_what_was_held_out_and_is_taught_later_is_told(model: Path, text: Path, 
     (kept,) = as_json("log", "-m", model, "main")["lessons"][0]["kept"]
     assert kept["taught_percent"] > 50
     assert f"({kept['taught_percent']:.0f} % of that text was in this lesson)" in done.out
+    assert f"({kept['taught_percent']:.0f} % of that text was in v0002)" in run("log", "-m", model, "main").out
+    (told,) = [
+        line for line in run("report", "-m", model, "--out", tmp_path / "r").out.splitlines() if "v0001's" in line
+    ]
+    assert told.startswith(f"{kept['taught_percent']:.0f} % of v0001's held-out text was taught by a later lesson:")
 
 
 def test_labels_keep_their_letters_and_answers_obey_no_one(
@@ -200,7 +205,7 @@ def test_log(model: Path, text: Path) -> None:
     latest, first = record["lessons"]
     assert {"created", "tokens", "steps", "seconds", "fit", "kept"} <= latest.keys()
     assert [kept["version"] for kept in latest["kept"]] == ["v0001"]
-    assert first["heldout"].keys() == {"before", "after", "tokens"}
+    assert first["heldout"].keys() == {"before", "after", "tokens", "taught_percent"}
     lines = run("log", "-m", model, "main").out.splitlines()
     assert [line.split()[0] for line in lines] == ["v0002", "perplexity", "v0001"]
     assert f"{latest['tokens']:,} tokens, 2 steps, " in lines[0]

@@ -24,7 +24,7 @@ from mlx_impl import adapters, files, lora, session, states
 from mlx_impl import lesson as lesson_module
 from mlx_impl.arrays import flatten
 from mlx_impl.config import LEAST_STEPS, Budget
-from mlx_impl.data import Tokens, tokens_of
+from mlx_impl.data import Tokens, teaches, tokens_of
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, NonFiniteLossError
 from mlx_impl.evaluate import evaluate
 from mlx_impl.learner import ContinualLearner
@@ -261,9 +261,9 @@ def test_a_text_is_encoded_once_where_steps_are_counted_or_the_time_suffices(
 
 def test_tokens_that_only_lead_to_others_teach_nothing() -> None:
     ids, flags = np.zeros(3, np.int32), np.array([True, False, False])
-    assert not lesson_module._teaches(Tokens(ids, flags, 1, 1))
-    assert lesson_module._teaches(Tokens(ids, ~flags, 1, 1))
-    assert [lesson_module._teaches(Tokens(ids[:n], None, 1, 1)) for n in (0, 1, 2)] == [False, False, True]
+    assert not teaches(Tokens(ids, flags, 1, 1))
+    assert teaches(Tokens(ids, ~flags, 1, 1))
+    assert [teaches(Tokens(ids[:n], None, 1, 1)) for n in (0, 1, 2)] == [False, False, True]
 
 
 @pytest.mark.parametrize("words", ["a b", "Key: flower pot.", "x" * 300])

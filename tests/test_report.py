@@ -208,7 +208,13 @@ def made_up(lessons: int, source: str = "a file") -> dict[str, Any]:
     names = [f"v{number:04d}" for number in range(1, lessons + 1)]
     losses = [[4.0 + j / 8 - (stage > j) + stage / 100 for j in range(lessons)] for stage in range(lessons + 1)]
     interval = {"value": 1.0, "low": 0.5, "high": 1.5, "level": 0.95}
-    lesson = {"source": source, "measured_tokens": 9, "documents": 7, "ppl_forget_interval": interval}
+    lesson = {
+        "source": source,
+        "measured_tokens": 9,
+        "documents": 7,
+        "ppl_forget_interval": interval,
+        "taught_percent": 12.3,
+    }
     style = {"tokens": 64, "distinct_1": 0.5, "distinct_2": 0.9, "repetition_4": 0.1, "longest_loop": 3}
     return {
         "domain": "medical",

@@ -14,9 +14,10 @@ from mlx_impl.config import REPLAY_STRATEGIES, Budget, ContinualLearningConfig
 from mlx_impl.device import can_compile
 from mlx_impl.ewc import fisher_diagonal
 from mlx_impl.lesson import Lesson
+from mlx_impl.ngrams import ngrams, shares
 from mlx_impl.past import FISHER_SHARE, WINDOW_PASSES
 from mlx_impl.readers import text_document
-from mlx_impl.replay import Sample
+from mlx_impl.replay import ReplayBuffer, Sample, unpack
 
 STEPS = Budget(steps=6)
 
@@ -44,28 +45,34 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sample, int]]:
     return seen
 
 
-def first_lesson(base: Path, store: Path) -> set[bytes]:
-    """Ids of the windows that the first lesson left in the buffer."""
+def buffer_of(base: Path, store: Path) -> ReplayBuffer:
     lessons = opened(base, store).store
     replay = lessons.replay(lessons.require("main"))
     assert replay is not None
-    return {bytes(id) for id in replay.ids[: replay.counters["lessons"][0][3]]}
+    state = {"counters": replay.counters, "ids": replay.ids, "priorities": replay.priorities}
+    return ReplayBuffer.restore(state, replay.windows.__getitem__)
+
+
+def first_lesson(base: Path, store: Path) -> set[bytes]:
+    """Ids of the windows that the first lesson left in the buffer."""
+    return {row.id for row in buffer_of(base, store).rows(1)}
 
 
 def test_a_text_that_is_taught_again_is_not_held_to_what_was_known_of_it(
     base: Path, tmp_path: Path, batches: list[tuple[Sample, int]]
 ) -> None:
-    """Its own windows, from the first time, weigh nothing; those of the other lesson weigh what they do."""
+    """Its own windows, from the first time, are not drawn; of the others as many as they are a part of the past."""
     for number in (1, 2):
         teach(base, tmp_path, number, holdout=0.0)
+    first = first_lesson(base, tmp_path)
+    share = 1 - len(first) / len(buffer_of(base, tmp_path))
     del batches[:]
     again = teach(base, tmp_path, 1, Budget(steps=20), holdout=0.0)
-    first = first_lesson(base, tmp_path)
-    weights = {id: w for sample, _ in batches for id, w in zip(sample.rows, of_rows(sample), strict=True)}
-    assert {id: weight > 0 for id, weight in weights.items()} == {id: id not in first for id in weights}
-    assert 0 < len(first & weights.keys()) < len(weights)
-    counted = sum(int(sample.mask[at].sum().item()) for sample, new in batches for at in range(new, len(sample.mask)))
-    assert 0 < again.replayed_tokens < counted
+    drawn = [id for sample, _ in batches for id in sample.rows]
+    assert len(drawn) == round(20 * share)  # of two rows a step one is drawn from a past that is all another text
+    assert first.isdisjoint(drawn)
+    assert all(min(of_rows(sample), default=1.0) > 0 for sample, _ in batches)
+    assert again.replayed_tokens > 0
 
 
 def test_a_text_that_was_changed_is_not_held_to_what_was_known_of_it(
@@ -78,12 +85,28 @@ def test_a_text_that_was_changed_is_not_held_to_what_was_known_of_it(
     del batches[:]
     changed = f"It begins with something new. {text(1)[:500]} Here, too, is something new. {text(1)[500:]}"
     learner = opened(base, tmp_path, holdout=0.0)
-    assert learner.learn_from_text(changed, budget=Budget(steps=20)).repeated == [1]
-    weights = {id: w for sample, _ in batches for id, w in zip(sample.rows, of_rows(sample), strict=True)}
-    assert {id for id, weight in weights.items() if weight == 0} <= first
-    drawn = first & weights.keys()
-    assert sum(weights[id] == 0 for id in drawn) > 0.6 * len(drawn) > 0
-    assert any(weight > 0 for weight in weights.values())
+    assert learner.learn_from_text(changed, budget=Budget(steps=40)).repeated == [1]
+    drawn = [id for sample, _ in batches for id in sample.rows]
+    assert len(set(drawn) & first) <= 2 < len(set(drawn))
+
+
+def test_what_is_held_out_is_not_replayed(base: Path, tmp_path: Path, batches: list[tuple[Sample, int]]) -> None:
+    """Of a text that grew, the part that is held out now was taught before: that is told, and it is not drawn."""
+    short, grown = text(1, 6000), text(1, 9000)
+    opened(base, tmp_path).learn_from_text(short, budget=Budget(epochs=1))
+    before = {row.id: unpack(row.window)[0] for row in buffer_of(base, tmp_path).rows()}
+    del batches[:]
+    learner = opened(base, tmp_path, seed=1)
+    lesson = learner.learn_from_text(grown, budget=Budget(steps=30))
+    kept = learner.store.heldout(learner.store.require("main"))
+    assert kept is not None
+    taught = ngrams(np.concatenate(list(before.values())))
+    share = shares(kept.ids[None], np.array([len(kept.ids)]), taught)[0]
+    assert lesson.taught_percent == pytest.approx(100 * share, abs=10)
+    assert lesson.taught_percent > 5
+    there = ngrams(kept.ids)
+    drawn = {id for sample, _ in batches for id in sample.rows if id in before}
+    assert all(shares(before[id][None], np.array([len(before[id])]), there)[0] < 0.5 for id in drawn)
 
 
 def test_a_lesson_says_which_ones_it_repeats(base: Path, tmp_path: Path) -> None:
