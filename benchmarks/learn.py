@@ -148,13 +148,13 @@ def tuned(plan: Plan, attempt: Callable[[int, float, float], dict[str, Any]]) ->
     for rows in plan.rows:
         for rate in plan.rates:
             at(rows, rate)
-    for _ in range(plan.beyond):
-        rows, rate = best(tried)
-        rates = [there for other, there in tried if other == rows]
-        if rate == min(rates):
-            at(rows, rate / 2)
-        elif rate == max(rates):
-            at(rows, rate * 2)
+    for rows in plan.rows:
+        for _ in range(plan.beyond):
+            of_rows = {key: took for key, took in tried.items() if key[0] == rows}
+            rate, rates = best(of_rows)[1], [there for _, there in of_rows]
+            if rate not in (min(rates), max(rates)):
+                break
+            at(rows, rate / 2 if rate == min(rates) else rate * 2)
     return tried
 
 

@@ -456,6 +456,9 @@ class ContinualLearningConfig:
         return LESSON_RATE * min(1.0, math.sqrt(RATE_STEPS / steps))
 
 
+MOST = 10**9
+"""Seconds, passes or steps that nobody means more of."""
+
 LEAST_STEPS = 16
 """Optimizer steps a lesson should have: a short text is gone over again, and batches shrink where time is short."""
 
@@ -477,5 +480,5 @@ class Budget:
     def __post_init__(self) -> None:
         """InputError for what is no positive number."""
         for name, value in dataclasses.asdict(self).items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"--{name} {value} must be a positive number")
+            if value is not None and not 0 < value <= MOST:
+                raise InputError(f"--{name} {value} must be a positive number, at most {MOST:,}")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
+from mlx_impl.errors import legible
 from mlx_impl.results import duration
 
 Event = dict[str, Any]
@@ -66,7 +67,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Show a line of text."""
-        self({"event": "note", "text": text})
+        self({"event": "note", "text": legible(text)})
 
     def _as_line(self, event: Event) -> None:
         if event["event"] == "note":

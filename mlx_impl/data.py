@@ -69,6 +69,9 @@ class TextTokenizer(Protocol):
     def chat_digest(self) -> str | None:
         """Equal for tokenizers with the same chat template; None without one."""
 
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without specials."""
 
@@ -176,11 +179,13 @@ def _encode_chat(document: Document, tokenizer: TextTokenizer, loss_on: str) -> 
     return ids, trained, closed
 
 
-def _trained_bytes(document: Document, loss_on: str) -> int:
-    """UTF-8 bytes of the text that is trained on, without roles and template: for bits per byte."""
-    if loss_on == "all" or isinstance(document.content, str):
+def _trained_bytes(document: Document, tokenizer: TextTokenizer, loss_on: str) -> int:
+    """UTF-8 bytes of the text that is trained on, for bits per byte: of a whole chat with its template and roles."""
+    if isinstance(document.content, str) or (loss_on == "all" and not tokenizer.has_chat_template):
         return len(document.text.encode())
     messages = _turns(document)
+    if loss_on == "all":
+        return len(tokenizer.render_chat(messages, False).encode())
     return sum(len(messages[turn]["content"].encode()) for turn in _trained_turns(document, loss_on))
 
 
@@ -230,7 +235,7 @@ def tokens_of(documents: Iterable[Document], tokenizer: TextTokenizer, loss_on: 
         ids.append(more)
         trained.append(np.ones(len(more), bool) if flags is None else flags)
         n_documents += document.ends
-        n_bytes += _trained_bytes(document, loss_on)
+        n_bytes += _trained_bytes(document, tokenizer, loss_on)
     return Tokens(np.concatenate(ids), None if loss_on == "all" else np.concatenate(trained), n_documents, n_bytes)
 
 
@@ -394,7 +399,7 @@ def _write_stream(
                 rest = flags[whole:]
             n_tokens += len(ids)
             n_documents += document.ends
-            n_bytes += _trained_bytes(document, loss_on)
+            n_bytes += _trained_bytes(document, tokenizer, loss_on)
         mask.write(np.packbits(rest).tobytes())
     if loss_on == "all":
         (folder / "mask.bin").unlink()

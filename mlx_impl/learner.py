@@ -80,7 +80,7 @@ class ContinualLearner:
         use_device(config.device)
         model = open_model(directory, compute_dtype())
         tokenizer = Tokenizer.load(directory)
-        return cls(model, config, tokenizer, open_store(directory, Path(store) if store else None))
+        return cls(model, config, tokenizer, open_store(directory, Path(store).expanduser() if store else None))
 
     # -- domains -------------------------------------------------------------------------------------------------
 

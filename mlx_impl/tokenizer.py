@@ -279,7 +279,9 @@ def _tokenizers_encoders(
     def read(text: str) -> Library:
         try:
             library = Library.from_str(text)
-        except Exception as error:  # the library raises nothing more specific
+        except BaseException as error:  # the library raises nothing more specific, and panics
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise DamagedFileError(
                 f"{where}: not a tokenizer.json that can be read ({printable(str(error), 200)})"
             ) from None
@@ -289,7 +291,15 @@ def _tokenizers_encoders(
         return library
 
     def encoder(library: Library) -> Callable[[str], list[int]]:
-        return lambda text: list(library.encode(text, add_special_tokens=False).ids)
+        return lambda text: encoded(library, text, False)
+
+    def encoded(library: Library, text: str, framed: bool) -> list[int]:
+        try:
+            return list(library.encode(text, add_special_tokens=framed).ids)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise DamagedFileError(f"{where}: fails on a text ({printable(str(error), 200)})") from None
 
     text = json.dumps(state, ensure_ascii=False)  # not what the file says: twice the same key, and both would differ
     whole = read(text)
@@ -298,7 +308,12 @@ def _tokenizers_encoders(
     inner = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', text)
     if config.get("legacy") is False and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
         inner = inner.replace(_PREPENDED, "")  # so does transformers' class with this setting
-    return first, encoder(read(inner)) if inner != text else first, list(whole.encode("a").ids)
+    return first, encoder(read(inner)) if inner != text else first, encoded(whole, "a", True)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust gave up; its bindings raise that past `Exception`, under a name that cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 _PREPENDED = json.dumps({"type": "Prepend", "prepend": SPACE}, ensure_ascii=False) + ", "

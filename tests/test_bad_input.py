@@ -379,7 +379,7 @@ ALIASES = "\n".join(f"  x{n}: &x{n} [{', '.join([f'*x{n - 1}' if n else 'x'] * 9
         ("model: {preset: tiny, num_layers: -1}", "num_layers = -1"),
         ("model: {preset: tiny, rope_scaling: 7}", "rope_scaling = 7 must be a mapping"),
         ("model: {preset: tiny, rope_scaling: {rope_type: [1]}}", "rope_type [1] is not supported"),
-        ("model: {preset: tiny, eos_token_id: end}", "eos_token_id = 'end' must be a token id"),
+        ("model: {preset: tiny, eos_token_id: end}", "eos_token_id come from the tokenizer"),
         ("train: {lr: fast}", "lr ('fast' is not a float)"),
         ("train: {lr: .nan}", "lr = nan must be a positive number"),
         ("train: {steps: true}", "steps = True must be a whole number"),

@@ -358,6 +358,7 @@ def test_mlx_lm_stops_at_the_mark(model: Path) -> None:
     [(5e-4, []), (2.5e-4, [1.25e-4]), (1e-5, [1.25e-4, 6.25e-5]), (1.0, [2e-3, 4e-3])],
 )
 def test_tuning_goes_on_where_the_best_is_at_an_edge(fastest: float, beyond: list[float]) -> None:
+    """For each number of rows by itself: the one may like lower rates than the other."""
     limits: list[float] = []
 
     def attempt(rows: int, rate: float, at_most: float) -> dict[str, Any]:
@@ -365,7 +366,8 @@ def test_tuning_goes_on_where_the_best_is_at_an_edge(fastest: float, beyond: lis
         return {"seconds": rows * (10 + abs(math.log(rate / fastest))), "loss": 1.0, "reached": True}
 
     tried = learn.tuned(learn.Plan(1, 1, learn.RATES, (4, 1), 2), attempt)
-    assert list(tried) == [(rows, rate) for rows in (4, 1) for rate in learn.RATES] + [(1, rate) for rate in beyond]
+    grid = [(rows, rate) for rows in (4, 1) for rate in learn.RATES]
+    assert list(tried) == grid + [(rows, rate) for rows in (4, 1) for rate in beyond]
     assert limits[0] == math.inf
     assert limits == sorted(limits, reverse=True), "none is given more time than the best so far needed"
 

@@ -151,6 +151,25 @@ def test_what_learn_reads_and_how_it_is_labelled(tmp_path: Path, model: Path) ->
     assert done.code == 0
     assert f"passed over {folder / 'b.bin'} (unknown extension '.bin')\n" in done.err
     assert "learned papers in" in done.out
+    (folder / "b.bin").rename(folder / "\x1b[31mb.bin")
+    assert "papers/\ufffd[31mb.bin (unknown" in run("learn", "-m", model, "--steps", "1", folder).err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--epochs", "1e306"), "--epochs 1e+306 must be a positive number, at most 1,000,000,000"),
+        (("--base-data", "-"), "- is stdin, which is read once: as the text or as --base-data"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(model: Path, options: tuple[str, ...], told: str) -> None:
+    done = run("learn", "-m", model, "-", *options, stdin=b"some words")
+    assert (done.code, told in done.err) == (2, True)
+
+
+def test_distilling_on_nothing_is_told(model: Path, text: Path) -> None:
+    done = run("learn", "-m", model, text, "--steps", "1", "--distill", "1")
+    assert "but --base-data names none" in done.err
 
 
 def test_progress_goes_to_stderr_and_quiet_shows_none(model: Path) -> None:

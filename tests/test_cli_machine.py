@@ -41,6 +41,16 @@ def test_doctor(tmp_path: Path) -> None:
     assert lines[-1] == "all is well" or lines[-1].startswith("! ")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_default_that_is_no_model_is_told(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By doctor too, and with what names it: pulling another one would not help."""
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setenv("MINIMAC_MODEL", str(tmp_path / ("photos" if there else "gone")))
+    for done in (run("doctor"), run("list")):
+        assert "MINIMAC_MODEL names it" in done.out + done.err
+        assert "all is well" not in done.out
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_demo(named: bool, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topics, "topics", {name: topics.topics[name] for name in sorted(topics.topics)[:16]})

@@ -52,6 +52,9 @@ class ByteTokenizer:
         self.calls += 1
         return list(text.encode())
 
+    def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        return "".join(f"^{m['role']}\n{m['content']}$\n" for m in messages)
+
     def encode_chat(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         turns = [[START, *f"{m['role']}\n{m['content']}".encode(), EOS, 10] for m in messages]
         return [*itertools.chain(*turns), *([START, *b"assistant\n"] if add_generation_prompt else [])]
@@ -271,6 +274,14 @@ def test_the_cache_is_reused_until_something_that_matters_changes(tmp_path: Path
     a.write_text(a.read_text(encoding="utf-8") + "more", encoding="utf-8")
     digests.add(tokenize_files([moved], tokenizer, cache).digest)
     assert len(digests) == 11
+
+
+def test_the_bytes_of_a_chat_are_those_of_what_is_counted() -> None:
+    """Nats of template and roles over the bytes of the contents alone would be bits of nothing."""
+    document = Document("d", chat("user: hi", "assistant: hello"))
+    whole = tokens_of([document], ChatTokenizer(), "all")
+    assert whole.n_bytes == len("^user\nhi$\n^assistant\nhello$\n")
+    assert tokens_of([document], ChatTokenizer(), "assistant").n_bytes == len("hello")
 
 
 def test_a_chat_template_matters_to_chats_alone(tmp_path: Path) -> None:

@@ -443,6 +443,12 @@ def test_randomness_is_of_seed_domain_and_depth_alone(base: Path, tmp_path: Path
     assert len(set(weights)) == len(weights) == 5
 
 
+def test_a_store_in_the_home_folder_is_found_there(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ContinualLearner.from_checkpoint(base, store="~/lessons").learn_from_text("some words", budget=Budget(steps=1))
+    assert (tmp_path / "lessons" / "learner.sqlite").is_file()
+
+
 def test_each_lesson_of_a_domain_has_a_seed_of_its_own(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

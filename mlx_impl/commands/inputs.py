@@ -18,12 +18,14 @@ def model_directory(named: Path | None) -> Path:
     from mlx_impl.hub import default_model
     from mlx_impl.modeldir import CONFIG, INDEX, WEIGHTS
 
-    if named is not None and not any((named / name).exists() for name in (CONFIG, WEIGHTS, INDEX)):
+    model = named if named is not None else default_model()
+    if not any((model / name).exists() for name in (CONFIG, WEIGHTS, INDEX)):
+        source = " (MINIMAC_MODEL names it)" if named is None and os.environ.get("MINIMAC_MODEL") else ""
         raise InputError(
-            f"{named}: no model directory, {CONFIG} and {WEIGHTS} are not there; `minimac-mlx pull` fetches a model, "
-            "`convert` makes a directory of what other programs wrote"
+            f"{model}: no model directory, {CONFIG} and {WEIGHTS} are not there{source}; `minimac-mlx pull` fetches a "
+            "model, `convert` makes a directory of what other programs wrote"
         )
-    return named if named is not None else default_model()
+    return model
 
 
 def documents_from(

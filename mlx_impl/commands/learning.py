@@ -87,11 +87,15 @@ def learn(
     with as_given():
         config = dataclasses.replace(ContinualLearningConfig(), **given(**options))
     budget = Budget(**given(seconds=seconds, epochs=epochs, steps=steps))
+    if base_data == "-" and Path("-") in paths:
+        raise InputError("- is stdin, which is read once: as the text or as --base-data")
     with Reporter(quiet) as reporter:
         documents, label = documents_from(paths, reporter, text)
         learner = ContinualLearner.from_checkpoint(model_directory(model), config, store)
         if options["seq_len"] is not None and config.seq_len > learner.config.seq_len:
             reporter.say(f"windows of {learner.config.seq_len:,} tokens, the model's context, not {config.seq_len:,}")
+        if config.distill_weight > 0 and base_data is None and config.replay_targets == "predictions":
+            reporter.say("--distill holds text like the base's to its predictions, but --base-data names none")
         like_base: list[Document] = []
         if base_data == "self":
             reporter.say("the base writes text of its own first")

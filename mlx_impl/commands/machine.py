@@ -1,5 +1,6 @@
 """This machine: how it is doing, how fast it is, and everything once."""
 
+import os
 from pathlib import Path
 
 import click
@@ -23,7 +24,8 @@ def doctor(model: Path | None, as_json: bool, quiet: bool) -> None:
     from mlx_impl import device
     from mlx_impl.results import doctor_text
 
-    record = {**device.describe(), "model": str(model) if model else _default_model(), "advice": device.advice()}
+    found, advice = _default_model() if model is None else (str(model), [])
+    record = {**device.describe(), "model": found, "advice": [*device.advice(), *advice]}
     emit(as_json, record, doctor_text(record))
 
 
@@ -96,11 +98,13 @@ def demo(seconds: float, model: Path | None, as_json: bool, quiet: bool) -> None
         emit(as_json, record, "")
 
 
-def _default_model() -> str | None:
-    """The default model's folder, if there is one."""
-    from mlx_impl.hub import default_model
+def _default_model() -> tuple[str | None, list[str]]:
+    """The default model's folder, if there is one, and what is wrong where one is named that is none."""
+    from mlx_impl.files import home_path
 
+    if not os.environ.get("MINIMAC_MODEL") and not (home_path() / "default").is_file():
+        return None, []
     try:
-        return str(default_model())
-    except (InputError, OSError):
-        return None
+        return str(model_directory(None)), []
+    except (InputError, OSError) as error:
+        return None, [str(error)]
