@@ -120,6 +120,7 @@ def test_gguf_gives_the_text_that_the_readme_says() -> None:
         for read in (file, file["llama.cpp"]):
             assert read["same_greedy_tokens"]
             assert read["same_token_ids"]
+    assert result["adapter"]["same_greedy_tokens"]
     assert "gives the same 24 greedy tokens as here" in README
 
 
