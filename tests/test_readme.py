@@ -210,12 +210,19 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
     routed = full["domains"]["routed"]
     cost = f"{100 * routed['accuracy']:.0f} %; {routed['ppl_rise_percent']:.2f} %"
     assert f"of general text, that go where they belong; what that costs | {cost} |" in README
-    long = json.loads((folder / "forgetting_40960.json").read_text("utf-8"))["methods"]["domains"]
-    cost = f"{100 * long['routed']['accuracy']:.0f} %; {long['routed']['ppl_rise_percent']:.2f} %"
+    long = json.loads((folder / "forgetting_40960.json").read_text("utf-8"))["methods"]
+    routed = long["domains"]["routed"]
+    cost = f"{100 * routed['accuracy']:.0f} %; {routed['ppl_rise_percent']:.2f} %"
     assert f"that go to their domain; what that costs | {cost} |" in README
-    assert long["bit_identical"] is True
+    assert long["domains"]["bit_identical"] is True
+    ours, gained = long["replay+ewc"]["ppl_forget_percent"], long["replay+ewc"]["plasticity_percent"]
+    assert f"by default; in the mean | {between(ours['worst'])}; {between(ours['mean'])} |" in README
+    assert f"there, of what it gains alone: worst, mean | {gained['worst']:.0f} %, {gained['mean']:.0f} % |" in README
+    assert f"a tenth of replay there | {between(long['replay10+ewc']['ppl_forget_percent']['worst'])} |" in README
+    naive = long["lora"]["ppl_forget_percent"]
+    assert f"LoRA there: worst, mean | {worst(long, 'lora')}, {naive['mean']['value']:.1f} % |" in README
     results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
-    for method in [*quick.values(), *full.values()]:
+    for method in [*quick.values(), *full.values(), *long.values()]:
         figure = method.get("ppl_forget_percent", {}).get("worst", {})
         if "low" in figure:
             shown = f"{figure['value']:.1f} ({figure['low']:.1f} to {figure['high']:.1f})"
