@@ -1,7 +1,8 @@
 """llama.cpp itself, as the wheel xllamacpp carries it: what it makes of a GGUF file, with an adapter or without.
 
 What it predicts is compared, not only the text that comes of it: the log-probabilities of the tokens that it holds for
-the likeliest, with ours of the same tokens.
+the likeliest, with ours of the same tokens. While it runs, its server listens on a port of this machine that the system
+chooses; nobody asks it there.
 """
 
 from collections.abc import Sequence
