@@ -24,7 +24,7 @@ from mlx_impl.errors import InputError, NonFiniteLossError
 from mlx_impl.evaluate import Evaluation, Measuring
 from mlx_impl.holdout import estimated_tokens, sample_documents, split_holdout
 from mlx_impl.memory import lesson_bytes
-from mlx_impl.ngrams import overlap
+from mlx_impl.ngrams import Numbers, ngrams, share
 from mlx_impl.past import Past, hold, recall
 from mlx_impl.readers import Document
 from mlx_impl.router import Router, count_tokens
@@ -176,6 +176,7 @@ class Teacher:
             check_finite(measured, "after the lesson: nothing was kept, try a lower --lr")
         report({"event": "measured", "when": "after", "loss": last.loss, "tokens": last.tokens})
         arrays = lora.adapter_arrays(self.model)
+        taught = ngrams(train.ids) if rest else ngrams(train.ids[:0])
         lesson = Lesson(
             domain=domain,
             version="",
@@ -193,7 +194,7 @@ class Teacher:
             after=last.loss,
             batch_size=session.rows,
             complete=session.complete and taken is documents,
-            kept=[self._kept(version, train, *pair) for version, pair in zip(earlier, rest, strict=False)],
+            kept=[self._kept(version, taught, *pair) for version, pair in zip(earlier, rest, strict=False)],
             repeated=past.repeated,
             taught_percent=100 * past.known,
         )
@@ -304,11 +305,11 @@ class Teacher:
                 earlier.append(version)
         return first, earlier
 
-    def _kept(self, version: Version, train: data.Tokens, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    def _kept(self, version: Version, taught: Numbers, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """How the loss on an earlier lesson's held-out part changed; the percentage is that of its perplexity.
 
         A user may teach a text again, alone or in a folder with others: how much of what was held out then was among
-        what was trained on now is told, too.
+        what was trained on now, of which `taught` are the n-grams, is told, too.
         """
         kept = self.store.heldout(version)
         change = min(after.loss - before.loss, 700.0)  # what exp still can
@@ -319,7 +320,7 @@ class Teacher:
             "after": after.loss,
             "tokens": after.tokens,
             "ppl_forget_percent": 100 * math.expm1(change),
-            "taught_percent": 100 * overlap(kept.ids, train.ids) if kept is not None else 0.0,
+            "taught_percent": 100 * share(kept.ids, taught) if kept is not None else 0.0,
         }
 
     def _affordable(self, documents: list[Document], budget: Budget, report: Callable[[Event], None]) -> list[Document]:

@@ -33,9 +33,9 @@ def shares(rows: NDArray[np.integer], lengths: NDArray[np.integer], there: Numbe
     return (found & inside).sum(axis=1) / np.maximum(1, inside.sum(axis=1))
 
 
-def overlap(text: NDArray[np.integer], other: NDArray[np.integer]) -> float:
-    """Share of the n-grams of a text's (N,) ids that stand somewhere in another one's (M,) too."""
-    return float(shares(text[None], np.array([len(text)]), ngrams(other))[0])
+def share(text: NDArray[np.integer], there: Numbers) -> float:
+    """Share of the n-grams of one text's (N,) ids that are `there`; see `shares`."""
+    return float(shares(text[None], np.array([len(text)]), there)[0])
 
 
 def _numbers(grams: NDArray[np.integer]) -> Numbers:

@@ -205,10 +205,11 @@ def _fisher(past: Past, model: BaseModel, config: ContinualLearningConfig, seed:
     most = min(config.ewc_fisher_samples, max(1, round(min(affordable, config.ewc_fisher_samples))))
     lessons = past.unestimated[-most:]
     fisher = past.fisher
-    for age, lesson in reversed([*enumerate(reversed(lessons))]):
+    for lesson in lessons:
         windows = [row.window for row in islice(past.buffer.rows(lesson), most // len(lessons))]
         if windows:
-            fisher = consolidate(fisher, measured_fisher(model, windows, mx.random.key(seed + age)), config.ewc_gamma)
+            key = mx.random.key(seed + lessons[-1] - lesson)  # the lesson's own for the last one
+            fisher = consolidate(fisher, measured_fisher(model, windows, key), config.ewc_gamma)
     return fisher
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_impl.errors import DamagedFileError, InputError
-from mlx_impl.ngrams import ngrams, shares
+from mlx_impl.ngrams import ngrams, share, shares
 from mlx_impl.reservoirs import Reservoirs, Row
 
 Window = NDArray[np.int32]
@@ -247,14 +247,14 @@ class ReplayBuffer:
             counted = stored[:, 1:] >= 0
             lengths = np.where(counted.any(axis=1), self.length + 1 - counted[:, ::-1].argmax(axis=1), 0)
             alike = shares(np.where(stored < 0, -1 - stored, stored), lengths, there)
-            found |= {row.id for row, share in zip(rows, alike, strict=True) if share >= 0.5}
+            found |= {row.id for row, inside in zip(rows, alike, strict=True) if inside >= 0.5}
         return found
 
     def known(self, text: NDArray[np.integer]) -> float:
         """Share of a text's (N,) ids, in n-grams, that stand in some row."""
         rows = [unpack(row.window)[0] for row in self.rows()]
         there = np.unique(np.concatenate([ngrams(row) for row in rows])) if rows else ngrams(text[:0])
-        return float(shares(text[None], np.array([len(text)]), there)[0])
+        return share(text, there)
 
     def rows(self, lesson: int | None = None) -> Iterator[StoredRow]:
         """The rows with their windows, of one lesson or of all: what a commit adds to the windows it has stored."""

@@ -239,11 +239,11 @@ def test_of_a_text_too_long_for_the_time_a_part_is_taken_from_all_over_it(
     assert sum(lengths) <= 2 * 5_000 * 4
     assert not lesson.complete
     assert 10_000 < lesson.tokens < 40_000  # of this small vocabulary, estimated as 10,000
-    assert len(notes) == 1
+    (told,) = [note for note in notes if not note.startswith("compiling")]  # where so much can be done in 2 seconds
     assert re.fullmatch(
         r"the text has about 5,\d{3},\d{3} tokens; about (9,\d{3}|10,000) of them, drawn over all of it, are what "
         r"2 seconds can hold",
-        notes[0],
+        told,
     )
 
 

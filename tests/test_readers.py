@@ -17,13 +17,7 @@ from hypothesis import strategies as st
 
 from mlx_impl import readers
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
-from mlx_impl.holdout import (
-    FEW_DOCUMENTS,
-    SAMPLED_BLOCK,
-    estimated_tokens,
-    sample_documents,
-    split_holdout,
-)
+from mlx_impl.holdout import FEW_DOCUMENTS, SAMPLED_BLOCK, estimated_tokens, sample_documents, split_holdout
 from mlx_impl.readers import Document, Exchange, pieces, read_documents, text_document
 
 ENGLISH = [topics.topics[name] for name in sorted(topics.topics)]

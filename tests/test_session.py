@@ -14,7 +14,7 @@ from mlx_impl.config import REPLAY_STRATEGIES, Budget, ContinualLearningConfig
 from mlx_impl.device import can_compile
 from mlx_impl.ewc import fisher_diagonal
 from mlx_impl.lesson import Lesson
-from mlx_impl.ngrams import ngrams, shares
+from mlx_impl.ngrams import ngrams, share
 from mlx_impl.past import FISHER_SHARE, WINDOW_PASSES
 from mlx_impl.readers import text_document
 from mlx_impl.replay import ReplayBuffer, Sample, unpack
@@ -65,11 +65,11 @@ def test_a_text_that_is_taught_again_is_not_held_to_what_was_known_of_it(
     for number in (1, 2):
         teach(base, tmp_path, number, holdout=0.0)
     first = first_lesson(base, tmp_path)
-    share = 1 - len(first) / len(buffer_of(base, tmp_path))
+    others = 1 - len(first) / len(buffer_of(base, tmp_path))
     del batches[:]
     again = teach(base, tmp_path, 1, Budget(steps=20), holdout=0.0)
     drawn = [id for sample, _ in batches for id in sample.rows]
-    assert len(drawn) == round(20 * share)  # of two rows a step one is drawn from a past that is all another text
+    assert len(drawn) == round(20 * others)  # of two rows a step one is drawn from a past that is all another text
     assert first.isdisjoint(drawn)
     assert all(min(of_rows(sample), default=1.0) > 0 for sample, _ in batches)
     assert again.replayed_tokens > 0
@@ -101,12 +101,11 @@ def test_what_is_held_out_is_not_replayed(base: Path, tmp_path: Path, batches: l
     kept = learner.store.heldout(learner.store.require("main"))
     assert kept is not None
     taught = ngrams(np.concatenate(list(before.values())))
-    share = shares(kept.ids[None], np.array([len(kept.ids)]), taught)[0]
-    assert lesson.taught_percent == pytest.approx(100 * share, abs=10)
+    assert lesson.taught_percent == pytest.approx(100 * share(kept.ids, taught), abs=10)
     assert lesson.taught_percent > 5
     there = ngrams(kept.ids)
     drawn = {id for sample, _ in batches for id in sample.rows if id in before}
-    assert all(shares(before[id][None], np.array([len(before[id])]), there)[0] < 0.5 for id in drawn)
+    assert all(share(before[id], there) < 0.5 for id in drawn)
 
 
 def test_a_lesson_says_which_ones_it_repeats(base: Path, tmp_path: Path) -> None:
