@@ -27,13 +27,15 @@ class ForgettingMatrix:
     """Losses in nats per token of T lessons' texts: `losses[i][j]` of text j after stage i, T + 1 rows of T.
 
     Lessons and columns are counted from 0 here, so that column j is learned at stage j + 1. `alone[j]` is the loss of
-    text j after the base has learned only that text. Raises InputError where the numbers of rows, columns and names
-    do not fit.
+    text j after the base has learned only that text. Columns that do not count, such as those of text that was taught
+    again, have figures of their own but stay out of means, worst ones and BWT; without `counted` all do count. Raises
+    InputError where the numbers of rows, columns and names do not fit.
     """
 
     names: Sequence[str]
     losses: Sequence[Sequence[float | None]]
     alone: Sequence[float | None] | None = None
+    counted: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         lessons = len(self.names)
@@ -46,6 +48,8 @@ class ForgettingMatrix:
                 raise InputError(f"stage {stage} has losses of {len(row)} texts, there are {lessons} lessons")
         if self.alone is not None and len(self.alone) != lessons:
             raise InputError(f"{len(self.alone)} lessons were learned alone, there are {lessons} lessons")
+        if self.counted is not None and len(self.counted) != lessons:
+            raise InputError(f"{len(self.counted)} lessons count or do not, there are {lessons} lessons")
 
     @property
     def cells(self) -> NDArray[np.float64]:
@@ -60,6 +64,7 @@ class ForgettingMatrix:
             names=self.names[:lessons],
             losses=[row[:lessons] for row in self.losses[: lessons + 1]],
             alone=alone,
+            counted=None if self.counted is None else self.counted[:lessons],
         )
 
     @property
@@ -116,7 +121,7 @@ class ForgettingMatrix:
     @property
     def backward_transfer(self) -> float | None:
         """BWT, nats per token: mean over j < T of L[j][j] - L[T][j]. Higher is better, below 0 is forgetting."""
-        return mean(_optional((self._learned - self.cells[-1])[:-1]))
+        return mean(self._counted(_optional((self._learned - self.cells[-1])[:-1])))
 
     @property
     def forward_transfer(self) -> float | None:
@@ -133,19 +138,26 @@ class ForgettingMatrix:
     def as_json(self) -> dict[str, Any]:
         """All of it under plain names; percentages end in _percent, None is what is not known."""
         forgotten, lost, plastic = self.ppl_forget, self.gain_lost, self.plasticity
+        kept, left = self._counted(forgotten), self._counted(lost)
         return {
             "names": list(self.names),
             "losses": [_optional(row) for row in self.cells],
             "alone": None if self.alone is None else _optional(_numbers(self.alone)),
             "gain": self.gain,
-            "ppl_forget_percent": {"each": forgotten, "mean": mean(forgotten), "worst": largest(forgotten)},
-            "gain_lost_percent": {"each": lost, "mean": mean(lost), "worst": largest(lost)},
+            "ppl_forget_percent": {"each": forgotten, "mean": mean(kept), "worst": largest(kept)},
+            "gain_lost_percent": {"each": lost, "mean": mean(left), "worst": largest(left)},
             "plasticity_percent": {"each": plastic, "mean": mean(plastic), "worst": smallest(plastic)},
             "backward_transfer": self.backward_transfer,
             "forward_transfer": self.forward_transfer,
             "average_perplexity": self.average_perplexity,
             "missing": [{"stage": stage, "lesson": self.names[j]} for stage, j in self.missing],
         }
+
+    def _counted(self, figures: list[float | None]) -> list[float | None]:
+        """The figures of the columns that count, of the first so many columns."""
+        if self.counted is None:
+            return figures
+        return [figure for figure, counts in zip(figures, self.counted, strict=False) if counts]
 
     @property
     def _learned(self) -> NDArray[np.float64]:

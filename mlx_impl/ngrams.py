@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 LENGTH = 16
 """Tokens of an n-gram."""
+TOLD = 5.0
+"""Percent of a lesson's held-out text that another one taught, from which on it is said, and kept out of means."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """Odd and large, so that an n-gram's number depends on all bits of its tokens."""
 

@@ -22,6 +22,7 @@ from mlx_impl.evaluate import document_sums, evaluate, predictions
 from mlx_impl.generate import Sampling, decode
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.matrix import ForgettingMatrix
+from mlx_impl.ngrams import TOLD
 from mlx_impl.router import DOCUMENT_PREFIX
 from mlx_impl.statistics import Floats, Interval
 from mlx_impl.store import Store, Version
@@ -161,6 +162,8 @@ def _measure(learner: ContinualLearner, history: _History, progress: "_Progress"
                 documents[j].append(sums)
             progress.measured(len(text), time.perf_counter() - began)
     intervals = [_interval(documents[j], counts[j]) for j in range(lessons)]
+    taught = [_taught_later(history.versions, j) for j in range(lessons)]
+    names, counted = [version.name for version in history.versions], [percent < TOLD for percent in taught]
     return {
         "domain": history.domain,
         "regime": "domain named",
@@ -170,13 +173,13 @@ def _measure(learner: ContinualLearner, history: _History, progress: "_Progress"
                 "source": version.source,
                 "measured_tokens": int(counts[j].sum()),
                 "documents": int((counts[j] > 0).sum()),
-                "taught_percent": _taught_later(history.versions, j),
+                "taught_percent": taught[j],
                 "ppl_forget_interval": found.as_json() if (found := intervals[j]) else None,
             }
             for j, version in enumerate(history.versions)
         ],
         "pruned": history.versions[0].depth - 1,
-        "matrix": ForgettingMatrix([version.name for version in history.versions], losses).as_json(),
+        "matrix": ForgettingMatrix(names, losses, counted=counted).as_json(),
         "generated": generated if history.prompts else None,
     }
 

@@ -84,6 +84,9 @@ def test_what_was_held_out_and_is_taught_later_is_told(model: Path, text: Path, 
         line for line in run("report", "-m", model, "--out", tmp_path / "r").out.splitlines() if "v0001's" in line
     ]
     assert told.startswith(f"{kept['taught_percent']:.0f} % of v0001's held-out text was taught by a later lesson:")
+    forgotten = json.loads((tmp_path / "r/report.json").read_text())["domains"][0]["matrix"]["ppl_forget_percent"]
+    assert forgotten["each"][0] is not None
+    assert forgotten["mean"] is None
 
 
 def test_labels_keep_their_letters_and_answers_obey_no_one(

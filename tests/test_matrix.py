@@ -57,6 +57,23 @@ def test_of_a_small_gain_no_share_is_taken(gain: float, known: bool) -> None:
         assert matrix.gain_lost[0] == pytest.approx(100)
 
 
+def test_columns_that_do_not_count_stay_out_of_the_whole() -> None:
+    """Text a was taught again: what became of it says nothing of forgetting."""
+    one = replace(MATRIX, counted=[False, True, True])
+    assert one.ppl_forget == MATRIX.ppl_forget
+    assert one.backward_transfer == pytest.approx(LOG(4 / 6))
+    record = one.as_json()
+    assert record["ppl_forget_percent"]["each"][0] == pytest.approx(150)
+    assert record["ppl_forget_percent"]["mean"] == record["ppl_forget_percent"]["worst"] == pytest.approx(50)
+    assert record["gain_lost_percent"]["worst"] == pytest.approx(100 * LOG(6 / 4) / LOG(2))
+    assert one.after(2).counted == [False, True]
+    none = replace(MATRIX, counted=[False] * 3)
+    assert none.as_json()["ppl_forget_percent"] == {"each": MATRIX.ppl_forget, "mean": None, "worst": None}
+    assert none.backward_transfer is None
+    with pytest.raises(InputError, match="2 lessons count or do not, there are 3"):
+        replace(MATRIX, counted=[True, True])
+
+
 def test_transfer_is_higher_where_it_is_better() -> None:
     assert MATRIX.backward_transfer == pytest.approx((LOG(4 / 5) + LOG(4 / 6)) / 2)  # forgetting: below 0
     assert MATRIX.forward_transfer == pytest.approx((LOG(8 / 7) + LOG(8 / 16)) / 2)
