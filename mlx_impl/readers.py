@@ -96,7 +96,7 @@ def read_documents(paths: Sequence[Path], skipped: Skipped | None = None) -> Ite
 
     Raises InputError for what cannot be used (missing, empty, binary, not UTF-8, rows without a known key, a
     folder with nothing to read) and DamagedFileError for a broken PDF or a line that is not JSON. Inside a
-    folder, text files and PDFs that would be an InputError are passed over and reported to `skipped` instead.
+    folder, text files and PDFs for which that holds are passed over and reported to `skipped` instead.
     """
     empty = True
     for file in find_files(paths, skipped):
@@ -144,7 +144,7 @@ def read_file(file: InputFile, skipped: Skipped | None = None) -> Iterator[Docum
             deque(_decoded(path), maxlen=0)  # to the end, before the first piece of it is handed out
         documents = _read_pdf(path) if file.kind == "pdf" else _read_text(path)
         first = next(documents)
-    except InputError as error:
+    except (InputError, DamagedFileError) as error:
         if not file.in_folder:
             raise
         (skipped or _ignore)(path, str(error).removeprefix(f"{path}: "))
@@ -213,12 +213,18 @@ def _walk(folder: Path, skipped: Skipped) -> Iterator[Path]:
         for path in sorted(Path(parent, name) for name in names):
             if path.name.startswith("."):
                 skipped(path, "hidden")
-            elif path.suffix.lower() not in TEXT_SUFFIXES and InputFile(path).kind == "text":
+            elif not is_read(path):
                 skipped(path, f"unknown extension {path.suffix!r}")
             elif not path.is_file() or not os.access(path, os.R_OK):
                 skipped(path, "not a regular file, or no permission to read it")
             else:
                 yield path
+
+
+def is_read(path: Path) -> bool:
+    """Whether a file inside a folder is of a kind that is read, going by its name."""
+    known = path.suffix.lower() in TEXT_SUFFIXES or InputFile(path).kind != "text"
+    return known and not path.name.startswith(".")
 
 
 def _is_model(folder: Path) -> bool:

@@ -255,6 +255,7 @@ def test_folders_are_walked_in_order_and_say_what_they_skip(tmp_path: Path) -> N
     write(folder / "b" / "__init__.py", "")
     write(folder / "b" / "latin.c", b"/* \xe9 */")
     write(folder / "b" / "scan.pdf", pdf([""]))
+    write(folder / "b" / "torn.pdf", pdf(["Page."])[:40])
     write(folder / "photo.png", b"\x89PNG")
     (folder / "b" / "round").symlink_to(folder, target_is_directory=True)
     (folder / "gone.txt").symlink_to(folder / "nowhere")
@@ -264,9 +265,11 @@ def test_folders_are_walked_in_order_and_say_what_they_skip(tmp_path: Path) -> N
     documents = list(read_documents([folder], lambda path, why: skipped.update({str(path.relative_to(folder)): why})))
     assert [d.text for d in documents] == ["second", "third", "Page.", "row", "print()"]
     assert skipped.keys() == {
-        ".git", ".hidden.txt", "b/__init__.py", "b/latin.c", "b/scan.pdf", "photo.png", "gone.txt", "pipe.txt"
+        ".git", ".hidden.txt", "b/__init__.py", "b/latin.c", "b/scan.pdf", "b/torn.pdf",
+        "photo.png", "gone.txt", "pipe.txt"
     }  # fmt: skip
     assert skipped["b/latin.c"] == "not UTF-8 at byte 3; convert it to UTF-8 first"
+    assert skipped["b/torn.pdf"].startswith("not a readable PDF")
     assert skipped["photo.png"] == "unknown extension '.png'"
     assert list(read_documents([folder])) == documents
 

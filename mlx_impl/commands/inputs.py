@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_impl.errors import InputError
+from mlx_impl.errors import InputError, listed
 
 if TYPE_CHECKING:
     from mlx_impl.console import Reporter
@@ -44,11 +44,11 @@ def documents_from(
         return [readers.text_document(read_stdin(), "stdin")], "stdin"
     if not paths:
         raise InputError("no text: name files or folders, or - for stdin")
-    skipped: list[str] = []
-    documents = list(readers.read_documents(paths, lambda path, reason: skipped.append(f"{path} ({reason})")))
+    skipped: list[tuple[Path, str]] = []
+    documents = list(readers.read_documents(paths, lambda path, reason: skipped.append((path, reason))))
     if skipped:
-        others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        reporter.say(f"passed over {skipped[0]}{others}")
+        skipped.sort(key=lambda one: not readers.is_read(one[0]))  # what one would have thought was read comes first
+        reporter.say(f"passed over {listed([f'{path} ({reason})' for path, reason in skipped], longest=400)}")
     label = os.path.basename(os.path.abspath(paths[0])) or str(paths[0])
     return documents, label if len(paths) == 1 else f"{label} and {len(paths) - 1} more"
 
