@@ -29,7 +29,7 @@ SECONDS = 2.0
 ROOM = 1 << 30
 """Bytes of memory beyond what opening the good files took."""
 LONGEST = 1000
-"""Characters of an error."""
+"""Characters of an error, without the path of its folder."""
 
 
 def digest(value: Any) -> str:
@@ -53,12 +53,13 @@ def digest(value: Any) -> str:
     return seen.hexdigest()
 
 
-def unclear(error: Exception) -> str | None:
-    """What is wrong with an error's text."""
+def unclear(error: Exception, folder: Path) -> str | None:
+    """What is wrong with an error's text, wherever the folder is."""
     text = str(error)
     if not text or not text.isprintable():
         return f"the error is not one printable line: {text[:300]!r}"
-    return f"the error has {len(text):,} characters: {text[:300]!r}" if len(text) > LONGEST else None
+    length = len(text.replace(str(folder), ""))
+    return f"the error has {length:,} characters: {text[:300]!r}" if length > LONGEST else None
 
 
 def outcome(subject: Subject, whole: str) -> tuple[str, str]:
@@ -66,7 +67,7 @@ def outcome(subject: Subject, whole: str) -> tuple[str, str]:
     try:
         now = digest(subject.use())
     except (InputError, DamagedFileError) as error:
-        wrong = unclear(error)
+        wrong = unclear(error, subject.path.parent)
         return ("failed", wrong) if wrong else ("refused", str(error))
     except Exception:
         return "failed", traceback.format_exc()[-4000:]
