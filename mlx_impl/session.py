@@ -88,14 +88,17 @@ class Session:
         shares = [split_rows(self.rows, self.ratio, step) for step in range(1000)]
         shares = [(min(new, len(windows)), replayed) for new, replayed in shares]
         new_rows, replayed_rows = (sum(counts) / len(shares) for counts in zip(*shares, strict=True))
-        self.hold = config.replay_weight * new_rows / replayed_rows if replayed_rows else 0.0
-        """Weight of a replayed row's divergence: where few are drawn, each stands for more."""
         self.planned = budget.steps or max(1, math.ceil(passes * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
         if budget.steps is None and affordable / self.rows < ROUGHLY * self.planned:
             self.total = max(1, int(affordable / self.rows))
+        weight, strength = config.holding(self.total)
+        self.hold = weight * new_rows / replayed_rows if replayed_rows else 0.0
+        """Weight of a replayed row's divergence: where few are drawn, each stands for more."""
+        penalty = past.penalty(strength)
+        self.held = self.hold > 0 or penalty is not None
         mx.random.seed(seed)
-        optimizer = AdamW(config.peak_rate(self.total), betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        optimizer = AdamW(self._peak_rate(), betas=(0.9, 0.999), weight_decay=config.weight_decay)
         self.compiled = self._worth_compiling(windows.seq_len)
         self.predicted = config.replay_targets == "predictions"
         self.stepper = Stepper(
@@ -104,11 +107,15 @@ class Session:
             held_loss_of(model),
             config.max_grad_norm,
             self.compiled,
-            past.penalty,
+            penalty,
         )
         self.step = self.tokens = self.replayed = 0
         self.seconds = 0.0
         self._ends: list[float] = []  # of the steps so far, by time.perf_counter
+
+    def _peak_rate(self) -> float:
+        """That of as many steps as are planned now."""
+        return self.config.peak_rate(self.total, self.held)
 
     def _worth_compiling(self, length: int) -> bool:
         """Whether the step is to be compiled; nothing that depends on the clock where time does not end the lesson."""
@@ -151,7 +158,7 @@ class Session:
         past = self.past
         mixed = [mix(tokens, mask, past.buffer, count, past.lesson, past.own) for tokens, mask, count in new]
         warmup = max(1, round(self.config.warmup * self.total))
-        rate = warmup_cosine(self.step, self.total, warmup, self.config.peak_rate(self.total))
+        rate = warmup_cosine(self.step, self.total, warmup, self._peak_rate())
         extended = [self._extended(sample, self.step * accumulated + number) for number, sample in enumerate(mixed)]
         batches = [self._batch(all_, len(tokens)) for all_, (tokens, _, _) in zip(extended, new, strict=True)]
         result = self.stepper.step(batches, rate)
