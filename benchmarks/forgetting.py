@@ -75,12 +75,13 @@ Nats = list[float]
 class Method:
     """How the texts are taught: one adapter for all (shared), all weights (full), a domain each or all in one lesson.
 
-    `settings` are those in which the lessons differ from the others'; `rate` names their learning rate in `RATES`.
+    `settings` are those in which the lessons differ from the others'; `rate` names their learning rate in `RATES`, or
+    None takes the default for their number of steps.
     """
 
     title: str
     kind: str = "shared"
-    rate: str = "lora"
+    rate: str | None = "lora"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,7 +105,7 @@ METHODS = {
     "tokens+ewc+distill": _shared(
         "replay 50 % of the tokens + EWC, distilled", 0.5, True, **TOKENS, distill_weight=0.5
     ),
-    "joint": Method("all at once", "joint"),
+    "joint": Method("all at once", "joint", rate=None),  # too many steps for the rate of one text
 }
 """In the order of running: those that the others are compared with come first."""
 
@@ -167,7 +168,8 @@ class Experiment:
     def cell(self, name: str, order: Sequence[str], number: int) -> dict[str, Any]:
         """Figures of a method, the texts taught in an order; `number` tells this order from others."""
         method = METHODS[name]
-        config = dataclasses.replace(self.config, **method.settings, learning_rate=self.rate(method.rate))
+        rate = self.rate(method.rate) if method.rate else None
+        config = dataclasses.replace(self.config, **method.settings, learning_rate=rate)
         key = f"{name}/{number}"
         teach = {"shared": self._shared, "full": self._full, "domains": self._domains, "joint": self._joint}
         return self.work.once(key, lambda: teach[method.kind](config, list(order), key))
@@ -475,7 +477,8 @@ def run(experiment: Experiment, methods: Sequence[str], orders: list[list[str]])
         name: document_sums(np.ones(len(text) - 1), text, experiment.tokenizer.eos_id)[0]
         for name, text in experiment.texts.valid.items()
     }
-    rates = {family: experiment.rate(family) for family in {METHODS[name].rate for name in methods}}
+    families = {rate for name in methods if (rate := METHODS[name].rate)}
+    rates = {family: experiment.rate(family) for family in families}
     titles = {name: METHODS[name].title for name in methods}
     return {"learning_rates": rates, **figures_of(cells, base, counts, titles)}
 

@@ -347,18 +347,9 @@ class TrainConfig:
             raise InputError("training configuration: " + "; ".join(wrong))
 
 
-LESSON_RATE, RATE_STEPS = 2e-3, 40
-"""Peak learning rate of lessons of up to so many steps; 32 and 160 steps were tried on SmolLM2-135M, see RESULTS.md."""
-
-HELD_STEPS = (40, 160)
-REPLAY_WEIGHTS, EWC_STRENGTHS = (1.0, 4.0), (2.5, 0.5)
-"""What holds a later lesson of so few and of so many steps: chosen on 32 and on 160 steps, see RESULTS.md. The more
-steps there are, the more reliable is the mean of what single replayed windows ask for, and the less EWC is needed."""
-
-
-def _grown(values: tuple[float, float]) -> str:
-    """How a default depends on the number of steps, for a help text."""
-    return f"{values[0]:g} up to {HELD_STEPS[0]} steps, {values[1]:g} from {HELD_STEPS[1]} on"
+LESSON_RATE, RATE_STEPS, HELD_RATE_STEPS = 2e-3, 40, 160
+"""Peak learning rate of lessons of up to so many steps, and of those that earlier lessons hold up to more of them; 32
+and 160 steps were tried on SmolLM2-135M, see RESULTS.md."""
 
 
 @dataclass(frozen=True)
@@ -373,8 +364,8 @@ class ContinualLearningConfig:
     )
     learning_rate: float | None = option(
         None,
-        f"peak learning rate  [default: {LESSON_RATE}; where a lesson has more than {RATE_STEPS} steps, or "
-        f"{HELD_STEPS[1]} and earlier lessons to hold, less, by the square root of their number]",
+        f"peak learning rate  [default: {LESSON_RATE}; in a lesson of more than {RATE_STEPS} steps, {HELD_RATE_STEPS} "
+        "where there are earlier ones to hold, less, by the square root of their number]",
     )
     warmup: float = option(0.1, "share of the steps that the learning rate rises over")
     batch_size: int = option(1, "windows a step, at most; fewer where the time is short")
@@ -388,16 +379,16 @@ class ContinualLearningConfig:
         "what replayed windows are held to: predictions (of the version that knew their lesson best) or tokens, which "
         "are learned again",
     )
-    replay_weight: float | None = option(
-        None,
+    replay_weight: float = option(
+        1.0,
         "how strongly replayed windows are held to predictions; 1 gives all of them, few or many, the weight of the "
-        f"lesson's own text  [default: {_grown(REPLAY_WEIGHTS)}]",
+        "lesson's own text",
     )
     use_ewc: bool = option(True, "whether a later lesson is held near what the earlier ones made of the adapter")
-    ewc_lambda: float | None = option(
-        None,
+    ewc_lambda: float = option(
+        2.5,
         "how strongly elastic weight consolidation holds a lesson near the version before; 1 weighs it like the "
-        f"divergence from what that version predicts  [default: {_grown(EWC_STRENGTHS)}]",
+        "divergence from what that version predicts",
     )
     ewc_gamma: float = option(0.95, "what is left of the Fisher of the lessons before, at each lesson")
     ewc_fisher_samples: int = option(8, "windows of the last lesson that its Fisher is estimated from, at most")
@@ -429,10 +420,8 @@ class ContinualLearningConfig:
         for name in (*counts, "ewc_fisher_samples"):
             if not _is_count(getattr(self, name)):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a whole number of at least 1")
-        by_steps = ("learning_rate", "replay_weight", "ewc_lambda")  # None: what suits the number of steps
-        given = [name for name in by_steps if getattr(self, name) is not None]
-        for name in ("lora_alpha", "max_grad_norm", *(name for name in given if name != "ewc_lambda")):
-            if not _is_positive(getattr(self, name)):
+        for name in ("lora_alpha", "learning_rate", "max_grad_norm", "replay_weight"):
+            if not _is_positive(getattr(self, name)) and (name, getattr(self, name)) != ("learning_rate", None):
                 wrong.append(f"{name} = {getattr(self, name)!r} must be a positive number")
         for name in ("lora_dropout", "holdout", "replay_ratio", "base_ratio"):
             if not 0 <= getattr(self, name) < 1:
@@ -440,8 +429,8 @@ class ContinualLearningConfig:
         for name in ("warmup", "weight_decay", "ewc_gamma", "answer_share"):
             if not 0 <= getattr(self, name) <= 1:
                 wrong.append(f"{name} = {getattr(self, name)!r} must lie in [0, 1]")
-        for name in ("distill_weight", *(name for name in given if name == "ewc_lambda")):
-            if getattr(self, name) != 0 and not _is_positive(getattr(self, name)):
+        for name in ("ewc_lambda", "distill_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
                 wrong.append(f"{name} = {getattr(self, name)!r} must be 0 or a positive number")
         if self.replay_strategy not in REPLAY_STRATEGIES:
             wrong.append(f"replay_strategy = {self.replay_strategy!r} must be one of {', '.join(REPLAY_STRATEGIES)}")
@@ -461,25 +450,12 @@ class ContinualLearningConfig:
     def peak_rate(self, steps: int, held: bool = False) -> float:
         """The highest learning rate of a lesson of so many steps: what was asked for, or what suits their number.
 
-        The more steps follow one another, the smaller each should be; two points were measured, 32 and 160 steps. Of
-        those that also have earlier lessons to hold, 160 are not too many for the rate yet.
+        The more steps follow one another, the smaller each should be; two points were measured, 32 and 160 steps. A
+        lesson that replay or EWC hold learns less at each step, and 160 are not too many for the rate yet.
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        return LESSON_RATE * min(1.0, math.sqrt((HELD_STEPS[1] if held else RATE_STEPS) / steps))
-
-    def holding(self, steps: int) -> tuple[float, float]:
-        """Weight of replayed predictions and strength of EWC in a lesson of so many steps: what was asked for, or else.
-
-        Between the two numbers of steps that were measured both follow a power of the number.
-        """
-        few, many = HELD_STEPS
-        way = min(1.0, max(0.0, math.log(steps / few) / math.log(many / few)))
-        weight, strength = (first * (last / first) ** way for first, last in (REPLAY_WEIGHTS, EWC_STRENGTHS))
-        return (
-            weight if self.replay_weight is None else self.replay_weight,
-            strength if self.ewc_lambda is None else self.ewc_lambda,
-        )
+        return LESSON_RATE * min(1.0, math.sqrt((HELD_RATE_STEPS if held else RATE_STEPS) / steps))
 
 
 MOST = 10**9

@@ -46,11 +46,11 @@ class Past:
     """The domain's buffer, which takes up the new lesson's windows too, and the pull towards the version before.
 
     `lesson` numbers the one that begins; `source` and `importance` are its own. `fisher` is the accumulated one, in
-    nats^2 per token, and `anchor` the adapter of the version before, if EWC holds this lesson near it. `unestimated`
-    are the lessons that `fisher` does not know, oldest first. `teacher` gives the adapter to whose predictions the
-    windows of a lesson are held. `own` are the ids of the buffer's rows that stand in the text of the lesson that
-    begins, `repeated` the numbers of the lessons that it thereby teaches again, `known` the share of its held-out part
-    that earlier lessons taught.
+    nats^2 per token, and `penalty` the distance from the version before in nats per token; they are None where there is
+    nothing to be held near. `unestimated` are the lessons that `fisher` does not know, oldest first. `teacher` gives
+    the adapter to whose predictions the windows of a lesson are held. `own` are the ids of the buffer's rows that stand
+    in the text of the lesson that begins, `repeated` the numbers of the lessons that it thereby teaches again, `known`
+    the share of its held-out part that earlier lessons taught.
     """
 
     buffer: ReplayBuffer
@@ -58,7 +58,7 @@ class Past:
     source: str = "text"
     importance: float = 1.0
     fisher: Arrays | None = None
-    anchor: Arrays | None = None
+    penalty: Callable[[Tree], mx.array] | None = None
     teacher: Callable[[int], Arrays] | None = None
     unestimated: Sequence[int] = ()
     own: Set[bytes] = frozenset()
@@ -85,17 +85,6 @@ class Past:
     def replayable(self) -> float:
         """Share of the buffer's earlier rows that are not the lesson's own text; 0 where there are none."""
         return self.buffer.available(self.lesson, self.own) / max(1, self.buffer.available(self.lesson))
-
-    def penalty(self, strength: float) -> Callable[[Tree], mx.array] | None:
-        """Distance from the version before as a function of the adapter's parameters, in nats per token, or None.
-
-        The anchor is a copy: a compiled step whose parameters begin as the very arrays that it closes over is refused.
-        """
-        if self.anchor is None or self.fisher is None:
-            return None
-        start, fisher = {name: array + 0 for name, array in self.anchor.items()}, self.fisher
-        mx.eval(start)
-        return lambda parameters: ewc_penalty(parameters, start, fisher, strength)
 
     def record(self) -> Replay:
         """The buffer as a version keeps it, with the windows that came in with this lesson."""
@@ -140,7 +129,7 @@ def recall(
 
 
 def hold(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: int, work: float = math.inf) -> None:
-    """Give a past what EWC needs: the Fisher of the last lesson is estimated and added to that of the ones before.
+    """Give a past its penalty: the Fisher of the last lesson is estimated and added to that of the ones before.
 
     So is that of lessons before it which were followed by one without EWC. The model carries the adapter as it begins,
     in evaluation mode. `work` is that of the lesson's steps, in tokens of a forward pass. A lesson without EWC leaves
@@ -150,12 +139,12 @@ def hold(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: in
         return
     past.fisher = _fisher(past, model, config, seed, work)
     if past.fisher is not None:
-        past.anchor = lora.adapter_arrays(model)
+        past.penalty = _penalty(lora.adapter_arrays(model), past.fisher, config.ewc_lambda)
 
 
-def _holds(use_ewc: bool, strength: float | None) -> bool:
-    """Whether a lesson with these settings is held by EWC; None is a strength that follows from the lesson."""
-    return use_ewc and (strength is None or strength > 0)
+def _holds(use_ewc: bool, strength: float) -> bool:
+    """Whether a lesson with these settings is held by EWC."""
+    return use_ewc and strength > 0
 
 
 def _unestimated(history: Sequence[Version]) -> list[int]:
@@ -247,3 +236,13 @@ def _divergence_of_base(model: BaseModel, batches: Iterable[tuple[mx.array, mx.a
         total, count = total + summed_divergence(model, base, adapted, mask), count + mask.sum()
         mx.eval(total, count)  # one window's activations at a time
     return float((total / count).item())  # type: ignore[arg-type]
+
+
+def _penalty(anchor: Arrays, fisher: Arrays, strength: float) -> Callable[[Tree], mx.array]:
+    """The distance from `anchor` as a function of the adapter's parameters.
+
+    The anchor is a copy: a compiled step whose parameters begin as the very arrays that it closes over is refused.
+    """
+    start = {name: array + 0 for name, array in anchor.items()}
+    mx.eval(start)
+    return lambda parameters: ewc_penalty(parameters, start, fisher, strength)

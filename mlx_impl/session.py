@@ -88,16 +88,14 @@ class Session:
         shares = [split_rows(self.rows, self.ratio, step) for step in range(1000)]
         shares = [(min(new, len(windows)), replayed) for new, replayed in shares]
         new_rows, replayed_rows = (sum(counts) / len(shares) for counts in zip(*shares, strict=True))
+        self.hold = config.replay_weight * new_rows / replayed_rows if replayed_rows else 0.0
+        """Weight of a replayed row's divergence: where few are drawn, each stands for more."""
         self.planned = budget.steps or max(1, math.ceil(passes * len(windows) / (new_rows * accumulated)))
         self.total = self.planned
         if budget.steps is None and affordable / self.rows < ROUGHLY * self.planned:
             self.total = max(1, int(affordable / self.rows))
-        weight, strength = config.holding(self.total)
-        self.hold = weight * new_rows / replayed_rows if replayed_rows else 0.0
-        """Weight of a replayed row's divergence: where few are drawn, each stands for more."""
-        penalty = past.penalty(strength)
-        self.held = self.hold > 0 or penalty is not None
         mx.random.seed(seed)
+        self.held = self.hold > 0 or past.penalty is not None
         optimizer = AdamW(self._peak_rate(), betas=(0.9, 0.999), weight_decay=config.weight_decay)
         self.compiled = self._worth_compiling(windows.seq_len)
         self.predicted = config.replay_targets == "predictions"
@@ -107,7 +105,7 @@ class Session:
             held_loss_of(model),
             config.max_grad_norm,
             self.compiled,
-            penalty,
+            past.penalty,
         )
         self.step = self.tokens = self.replayed = 0
         self.seconds = 0.0

@@ -297,12 +297,11 @@ def test_the_next_lesson_replays_the_windows_and_is_held_by_the_fisher(
     state = tensors_of(folder / "law" / "v0001", "state")
     assert past.fisher is not None
     assert all(np.array_equal(np.array(array), state[name]) for name, array in past.fisher.items())
-    penalty = past.penalty(3.0)
-    assert penalty is not None
-    assert penalty(learner.model.trainable_parameters()).item() == 0
+    assert past.penalty is not None
+    assert past.penalty(learner.model.trainable_parameters()).item() == 0
     moved_away = {name: array + 0.1 for name, array in lora.adapter_arrays(learner.model).items()}
-    expected = 3.0 * sum(0.5 * 0.01 * state[name].astype(np.float64).sum() for name in moved_away)
-    assert penalty(moved_away).item() == pytest.approx(expected, rel=1e-3)
+    expected = learner.config.ewc_lambda * sum(0.5 * 0.01 * state[name].astype(np.float64).sum() for name in moved_away)
+    assert past.penalty(moved_away).item() == pytest.approx(expected, rel=1e-3)
 
     lesson = learner.learn_from_text(lessons.text(1), "law", budget=Budget(steps=8))
     assert lesson.version == "v0002"

@@ -15,7 +15,7 @@ from mlx_impl.device import can_compile
 from mlx_impl.ewc import fisher_diagonal
 from mlx_impl.lesson import Lesson
 from mlx_impl.ngrams import ngrams, share
-from mlx_impl.past import FISHER_SHARE, WINDOW_PASSES, Past
+from mlx_impl.past import FISHER_SHARE, WINDOW_PASSES
 from mlx_impl.readers import text_document
 from mlx_impl.replay import ReplayBuffer, Sample, unpack
 
@@ -196,30 +196,24 @@ def test_a_lesson_without_ewc_leaves_what_holds_later_ones(base: Path, tmp_path:
     assert sums[0] == 0 < sums[1] == sums[2] < sums[3]
 
 
-def test_how_a_lesson_is_held_follows_from_its_steps(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("held", [{"replay_ratio": 0.5, "batch_size": 2}, {"use_ewc": True}, {}])
+def test_what_holds_a_lesson_keeps_its_rate_up_for_longer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]
 ) -> None:
-    """A long one: more weight on replay and less on EWC, at the rate that a first lesson has only if it is short."""
-    strengths: list[float] = []
-    plans: list[tuple[float, float]] = []
-    by_strength = Past.penalty
-
-    def noted(past: Past, strength: float) -> Any:
-        strengths.append(strength)
-        return by_strength(past, strength)
+    """A first lesson of so many steps has half of the rate, and so has one that nothing holds."""
+    rates: list[float] = []
 
     def planned(self: session.Session, report: Any) -> None:
-        plans.append((self.hold, self._peak_rate()))
+        rates.append(self._peak_rate())
         self.seconds = 1.0
 
     teach(base, tmp_path, 0)
-    monkeypatch.setattr(Past, "penalty", noted)
     monkeypatch.setattr(session.Session, "run", planned)
-    for domain, steps in (("another", 160), ("main", 32), ("main", 160)):
-        learner = opened(base, tmp_path, learning_rate=None, replay_ratio=0.5, batch_size=2)
-        learner.learn_from_text(text(len(plans) + 1), domain, budget=Budget(steps=steps))
-    assert strengths[1:] == [2.5, 0.5]
-    assert plans == [(0.0, 1e-3), (1.0, 2e-3), (4.0, 2e-3)]
+    settings = {"learning_rate": None, "replay_ratio": 0.0, "use_ewc": False, **held}
+    for domain in ("another", "main"):
+        learner = opened(base, tmp_path, **settings)
+        learner.learn_from_text(text(1), domain, budget=Budget(steps=160))
+    assert rates == [1e-3, 2e-3 if held else 1e-3]
 
 
 def test_the_fisher_follows_from_the_text_and_not_from_the_clock(
