@@ -75,13 +75,12 @@ Nats = list[float]
 class Method:
     """How the texts are taught: one adapter for all (shared), all weights (full), a domain each or all in one lesson.
 
-    `settings` are those in which the lessons differ from the others'; `rate` names their learning rate in `RATES`, or
-    None takes the default for their number of steps.
+    `settings` are those in which the lessons differ from the others'; `rate` names their learning rate in `RATES`.
     """
 
     title: str
     kind: str = "shared"
-    rate: str | None = "lora"
+    rate: str = "lora"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +104,7 @@ METHODS = {
     "tokens+ewc+distill": _shared(
         "replay 50 % of the tokens + EWC, distilled", 0.5, True, **TOKENS, distill_weight=0.5
     ),
-    "joint": Method("all at once", "joint", rate=None),  # too many steps for the rate of one text
+    "joint": Method("all at once", "joint"),
 }
 """In the order of running: those that the others are compared with come first."""
 
@@ -168,8 +167,7 @@ class Experiment:
     def cell(self, name: str, order: Sequence[str], number: int) -> dict[str, Any]:
         """Figures of a method, the texts taught in an order; `number` tells this order from others."""
         method = METHODS[name]
-        rate = self.rate(method.rate) if method.rate else None
-        config = dataclasses.replace(self.config, **method.settings, learning_rate=rate)
+        config = dataclasses.replace(self.config, **method.settings, learning_rate=self.rate(method.rate))
         key = f"{name}/{number}"
         teach = {"shared": self._shared, "full": self._full, "domains": self._domains, "joint": self._joint}
         return self.work.once(key, lambda: teach[method.kind](config, list(order), key))
@@ -240,7 +238,12 @@ class Experiment:
         return {"order": order, "texts": nats, "bit_identical": all(same), "routed": routed, **_cost(learner)}
 
     def _joint(self, config: ContinualLearningConfig, order: list[str], key: str) -> dict[str, Any]:
-        """All texts in one lesson, its windows shuffled: what no order can do better."""
+        """All texts in one lesson, its windows shuffled: what no order can do better.
+
+        The rate that suits one text is too high for the steps of all: it falls by the square root, as lessons' does.
+        """
+        assert config.learning_rate is not None
+        config = dataclasses.replace(config, learning_rate=config.learning_rate / math.sqrt(len(order)))
         learner = self._learner(config, self.work.folder / key)
         documents = [document for name in order for document in self.texts.train[name]]
         if not learner.store.history("main"):
@@ -477,8 +480,7 @@ def run(experiment: Experiment, methods: Sequence[str], orders: list[list[str]])
         name: document_sums(np.ones(len(text) - 1), text, experiment.tokenizer.eos_id)[0]
         for name, text in experiment.texts.valid.items()
     }
-    families = {rate for name in methods if (rate := METHODS[name].rate)}
-    rates = {family: experiment.rate(family) for family in families}
+    rates = {family: experiment.rate(family) for family in {METHODS[name].rate for name in methods}}
     titles = {name: METHODS[name].title for name in methods}
     return {"learning_rates": rates, **figures_of(cells, base, counts, titles)}
 
