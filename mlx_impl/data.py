@@ -324,8 +324,9 @@ def tokenize_files(
 
     It is reused while the files' contents, their order and kinds, the tokenizer and `loss_on` stay the same,
     whatever the files are called; a damaged one is made anew. One document at a time is in memory. `progress`
-    counts bytes of input, `skipped` is told of files passed over in folders. An error of a reader (see
-    `read_documents`), the tokenizer or the disk leaves nothing behind.
+    counts bytes of input, `skipped` is told of files passed over in folders, of those that only reading shows to be
+    unusable when they are read. An error of a reader (see `read_documents`), the tokenizer or the disk leaves nothing
+    behind.
     """
     files = find_files(paths, skipped)
     before = [_state(file.path) for file in files]

@@ -14,11 +14,11 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, listed
 
 PIECE = 1 << 20
 """Longest piece of a text, in characters; also how many bytes are read at once."""
@@ -38,6 +38,23 @@ Message = dict[str, str]
 """One turn of a conversation: {"role": ..., "content": ...}."""
 Skipped = Callable[[Path, str], None]
 """Told of each file passed over inside a folder, and why."""
+
+
+@dataclass
+class PassedOver:
+    """A `Skipped` that remembers, for one line about all of it."""
+
+    files: list[tuple[Path, str]] = field(default_factory=list)
+
+    def __call__(self, path: Path, reason: str) -> None:
+        """Remember one file."""
+        self.files.append((path, reason))
+
+    def __str__(self) -> str:
+        """The files and why, those first that one would have thought were read; empty where there are none."""
+        files = sorted(self.files, key=lambda file: not is_read(file[0]))
+        shown = listed([f"{path} ({reason})" for path, reason in files], longest=400)
+        return f"passed over {shown}" if files else ""
 
 
 @dataclass(frozen=True)

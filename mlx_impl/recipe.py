@@ -295,9 +295,14 @@ def _data(
         report({"event": "tokenizing", "done": done, "total": total})
 
     loss_on, most = request.train.loss_on, request.train.eval_tokens
-    everything = data.tokenize_files(request.paths, tokenizer, cache, loss_on, progress)
+    skipped = readers.PassedOver()
+    everything = data.tokenize_files(request.paths, tokenizer, cache, loss_on, progress, skipped)
+    other = None
     if request.eval_data is not None:
-        other = data.tokenize_files([request.eval_data], tokenizer, cache, loss_on)
+        other = data.tokenize_files([request.eval_data], tokenizer, cache, loss_on, skipped=skipped)
+    if skipped.files:
+        report({"event": "note", "text": str(skipped)})
+    if other is not None:
         named = _stretch(other, 0, min(most, len(other)))
         if not data.teaches(named):
             raise InputError(f"--eval-data {request.eval_data}: none of its first {len(named):,} tokens counts")

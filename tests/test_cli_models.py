@@ -66,6 +66,22 @@ def test_tokenizer(tmp_path: Path, text: Path) -> None:
     assert (again.code, again.err) == (2, f"error: {out} exists already; name another folder or remove it first\n")
 
 
+def test_what_is_passed_over_in_a_folder_is_told(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "papers"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(text.read_bytes())
+    (folder / "photo.png").write_bytes(b"\x89PNG")
+    (folder / "torn.pdf").write_bytes(b"%PDF-1.4")
+    told = f"passed over {folder / 'torn.pdf'} (not a readable PDF"
+    done = run("tokenizer", folder, "--out", tmp_path / "tok", "--vocab-size", "350")
+    assert done.err.startswith(told)
+    assert done.err.endswith(f", {folder / 'photo.png'} (unknown extension '.png')\n")
+    common = ("train", text, "--steps", "1", "--config", "tiny", "--seq-len", "32", "--tokenizer", tmp_path / "tok")
+    assert told in run(*common, folder, "--out", tmp_path / "one").err
+    assert told in run(*common, "--eval-data", folder, "--out", tmp_path / "two").err
+    assert run(*common, folder, "--out", tmp_path / "three", "--quiet").err == ""
+
+
 def test_train_resume_and_use(tmp_path: Path, text: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("model: {preset: tiny, d_model: 32, num_layers: 1, d_ff: 48}\ntrain: {lr: 3e-4, grad_accum: 1}\n")

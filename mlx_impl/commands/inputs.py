@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_impl.errors import InputError, listed
+from mlx_impl.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_impl.console import Reporter
@@ -44,11 +44,10 @@ def documents_from(
         return [readers.text_document(read_stdin(), "stdin")], "stdin"
     if not paths:
         raise InputError("no text: name files or folders, or - for stdin")
-    skipped: list[tuple[Path, str]] = []
-    documents = list(readers.read_documents(paths, lambda path, reason: skipped.append((path, reason))))
-    if skipped:
-        skipped.sort(key=lambda one: not readers.is_read(one[0]))  # what one would have thought was read comes first
-        reporter.say(f"passed over {listed([f'{path} ({reason})' for path, reason in skipped], longest=400)}")
+    skipped = readers.PassedOver()
+    documents = list(readers.read_documents(paths, skipped))
+    if skipped.files:
+        reporter.say(str(skipped))
     label = os.path.basename(os.path.abspath(paths[0])) or str(paths[0])
     return documents, label if len(paths) == 1 else f"{label} and {len(paths) - 1} more"
 

@@ -63,16 +63,20 @@ def tokenizer(
     Example:
       minimac-mlx tokenizer books/ --vocab-size 8000 --out tok
     """
+    from mlx_impl.console import Reporter
     from mlx_impl.files import atomic_folder
-    from mlx_impl.readers import read_documents
+    from mlx_impl.readers import PassedOver, read_documents
     from mlx_impl.tokenizer import Tokenizer
 
     if not paths:
         raise InputError("nothing to train on: name files or folders")
     if out.exists():
         raise InputError(f"{out} exists already; name another folder or remove it first")
-    texts = (document.text for document in read_documents(paths))
+    skipped = PassedOver()
+    texts = (document.text for document in read_documents(paths, skipped))
     trained = Tokenizer.train(texts, vocab_size, min_frequency, special_tokens)
+    if skipped.files:
+        Reporter(quiet).say(str(skipped))
     with atomic_folder(out) as folder:
         trained.save(folder)
     emit(
