@@ -238,12 +238,7 @@ class Experiment:
         return {"order": order, "texts": nats, "bit_identical": all(same), "routed": routed, **_cost(learner)}
 
     def _joint(self, config: ContinualLearningConfig, order: list[str], key: str) -> dict[str, Any]:
-        """All texts in one lesson, its windows shuffled: what no order can do better.
-
-        The rate that suits one text is too high for the steps of all: it falls by the square root, as lessons' does.
-        """
-        assert config.learning_rate is not None
-        config = dataclasses.replace(config, learning_rate=config.learning_rate / math.sqrt(len(order)))
+        """All texts in one lesson, its windows shuffled: what no order can do better."""
         learner = self._learner(config, self.work.folder / key)
         documents = [document for name in order for document in self.texts.train[name]]
         if not learner.store.history("main"):
