@@ -53,6 +53,7 @@ from mlx_impl.model import ContinualLLM
 from mlx_impl.optim import AdamW, Stepper, warmup_cosine
 from mlx_impl.readers import Document
 from mlx_impl.router import DOCUMENT_PREFIX
+from mlx_impl.store import Store
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.windows import Batch, Batches, Windows, evaluation_windows
 
@@ -166,11 +167,14 @@ class Experiment:
 
     def cell(self, name: str, order: Sequence[str], number: int) -> dict[str, Any]:
         """Figures of a method, the texts taught in an order; `number` tells this order from others."""
-        method = METHODS[name]
-        config = dataclasses.replace(self.config, **method.settings, learning_rate=self.rate(method.rate))
         key = f"{name}/{number}"
         teach = {"shared": self._shared, "full": self._full, "domains": self._domains, "joint": self._joint}
-        return self.work.once(key, lambda: teach[method.kind](config, list(order), key))
+        return self.work.once(key, lambda: teach[METHODS[name].kind](self.settings(name), list(order), key))
+
+    def settings(self, name: str) -> ContinualLearningConfig:
+        """Of a method's lessons."""
+        method = METHODS[name]
+        return dataclasses.replace(self.config, **method.settings, learning_rate=self.rate(method.rate))
 
     def rate(self, family: str) -> float:
         """The learning rate after which the first text's tuning part is predicted best."""
@@ -200,7 +204,10 @@ class Experiment:
 
     def _shared(self, config: ContinualLearningConfig, order: list[str], key: str) -> dict[str, Any]:
         """One domain taught each text in turn; lessons that the store has are not taught again."""
-        learner = self._learner(config, self.work.folder / key)
+        folder = self.work.folder / key
+        if not folder.is_dir():
+            self._first(order[0]).copy_to(folder)
+        learner = self._learner(config, folder)
         stages = []
         for number, name in enumerate(order):
             if len(learner.store.history("main")) == number:
@@ -209,6 +216,17 @@ class Experiment:
             lora.attach_arrays(learner.model, *read_adapter(learner.store.files_of(version)))
             stages.append(self._stage(learner.model, order, number, key))
         return {"order": order, "stages": stages, **_cost(learner)}
+
+    def _first(self, name: str) -> Store:
+        """One domain with the lesson that all methods on one adapter begin with: nothing can be replayed or held yet.
+
+        It is taught once, to the bit what each of them would teach; another process that needs it waits.
+        """
+        with self.work.alone("first"):
+            learner = self._learner(self.settings("replay+ewc"), self.work.folder / "first" / name)
+            if not learner.store.history("main"):
+                self._teach(learner, self.texts.train[name], "main", name)
+            return learner.store
 
     def _full(self, config: ContinualLearningConfig, order: list[str], key: str) -> dict[str, Any]:
         """All weights taught each text in turn, from the base each time that this is started."""
@@ -482,12 +500,17 @@ def run(experiment: Experiment, methods: Sequence[str], orders: list[list[str]])
 
 def quick(folder: Path, seed: int, methods: Sequence[str]) -> dict[str, Any]:
     """Invented languages on a tiny base: under two minutes, the same code."""
+    return run(quick_experiment(folder, seed), methods, [list(languages.NAMES)])
+
+
+def quick_experiment(folder: Path, seed: int) -> Experiment:
+    """What `quick` measures: the base and the texts are made where they are missing."""
     work = Work(folder, {"quick": seed})
     data = languages.write_texts(work.folder / "texts", seed)
     model = languages.train_base(work.folder / "base", data, seed)
     config = ContinualLearningConfig(seq_len=64, batch_size=4, lora_r=8, lora_alpha=16, seed=seed)
     texts = Texts.read(data, languages.NAMES, Tokenizer.load(model), 8192, 2048)
-    return run(Experiment(model, work, config, texts, QUICK_RATES), methods, [list(languages.NAMES)])
+    return Experiment(model, work, config, texts, QUICK_RATES)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ digest: remove the folder after changing how lessons are learned.
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,17 @@ class Work:
         """What `measure` returned when it was first asked for under this key; JSON must hold it."""
         if key not in self._figures:
             value = measure()
-            with open(self.folder / "lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self.alone("figures"):
                 self._figures = self._read() | {key: value}
                 files.write_json(self._path, self._figures)
         return self._figures[key]
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Keep other processes that ask for the same name waiting while the block runs."""
+        with open(self.folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def keep(self, keys: Iterable[str]) -> None:
         """Write these figures, as far as they are there, into the file `kept`, to go on from on another machine."""

@@ -67,6 +67,19 @@ def test_what_was_measured_is_not_measured_again(
     assert forgetting.quick(work, 0, METHODS)["methods"] == methods
 
 
+@pytest.mark.parametrize("method", ["lora", "replay", "tokens+ewc+distill"])
+def test_the_first_lesson_is_that_of_each_method(
+    methods: dict[str, Any], work: Path, tmp_path: Path, method: str
+) -> None:
+    folder = next(work.glob("*/first")).parent
+    experiment = forgetting.quick_experiment(work, 0)
+    name = languages.NAMES[0]
+    given = ContinualLearner.from_checkpoint(experiment.model, store=folder / "first" / name).store.require("main")
+    learner = ContinualLearner.from_checkpoint(experiment.model, experiment.settings(method), tmp_path / "store")
+    learner.learn(experiment.texts.train[name], "main", name, forgetting.WITHOUT_CLOCK)
+    assert learner.store.require("main").files == given.files
+
+
 def test_table_and_plot(methods: dict[str, Any], tmp_path: Path) -> None:
     lines = table({"base": dict.fromkeys(languages.NAMES, 2.0), "methods": methods}).splitlines()
     assert len(lines) == 2 + len(METHODS) + 2  # with one for the base and one for routing
