@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ _IN_LAYER = re.compile(r"^.*?\.\d+\.")
 
 STATE = "state.safetensors"
 ROUTER = "router."
+UNESTIMATED = "unestimated"
 
 Statistics = dict[str, np.ndarray]
 """What the router keeps of a domain's texts, by name; see `router`."""
@@ -42,13 +44,18 @@ def write_adapter(folder: Path, arrays: lora.Arrays, shape: lora.LoRAConfig, mod
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_state(folder: Path, fisher: lora.Arrays | None, statistics: Statistics) -> None:
+def write_state(
+    folder: Path, fisher: lora.Arrays | None, statistics: Statistics, unestimated: Sequence[int] = ()
+) -> None:
     """`state.safetensors` beside an adapter, float32: what the domain's next lesson and the router need of this one.
 
     The accumulated Fisher (nats^2 per token) has the adapter's names, the router's statistics have `router.` before.
+    `unestimated` are the lessons, this one among them, that the Fisher does not know, where it is not this one alone.
     """
     arrays = {name: np.array(array) for name, array in (fisher or {}).items()}
     arrays |= {ROUTER + name: array for name, array in statistics.items()}
+    if unestimated:
+        arrays[UNESTIMATED] = np.array(unestimated, np.float32)  # exact up to 2**24
     modeldir.write_safetensors(folder / STATE, {name: array.shape for name, array in arrays.items()}, arrays)
 
 
@@ -57,7 +64,8 @@ def read_fisher(folder: Path, adapter: lora.Arrays) -> lora.Arrays | None:
     path = folder / STATE
     if not path.is_file():
         return None
-    found = {n: i.shape for n, i in modeldir.validate_safetensors(path).items() if not n.startswith(ROUTER)}
+    infos = modeldir.validate_safetensors(path).items()
+    found = {n: info.shape for n, info in infos if not n.startswith(ROUTER) and n != UNESTIMATED}
     if not found:
         return None
     modeldir.check_shapes(found, {name: tuple(array.shape) for name, array in adapter.items()}, str(path))
@@ -73,6 +81,15 @@ def read_statistics(folder: Path) -> Statistics | None:
         return None
     found = {n: info for n, info in modeldir.validate_safetensors(path).items() if n.startswith(ROUTER)}
     return {name.removeprefix(ROUTER): array for name, array in modeldir.read_tensors(found)} or None
+
+
+def read_unestimated(folder: Path) -> list[int] | None:
+    """The lessons that `write_state` was told of; None where it was told of none."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    found = {n: info for n, info in modeldir.validate_safetensors(path).items() if n == UNESTIMATED}
+    return next((array.astype(int).ravel().tolist() for _, array in modeldir.read_tensors(found)), None)
 
 
 def read_adapter(folder: Path) -> tuple[lora.Arrays, float]:

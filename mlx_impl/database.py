@@ -9,13 +9,14 @@ import contextlib
 import errno
 import sqlite3
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.files import atomic_file
 
-SCHEMA = 1
+SCHEMA = 2
 TABLES = """
 CREATE TABLE base (sha256 TEXT NOT NULL, tokenizer TEXT NOT NULL);
 CREATE TABLE versions (
@@ -28,6 +29,8 @@ CREATE TABLE versions (
     config TEXT NOT NULL,
     figures TEXT NOT NULL,
     files TEXT NOT NULL,
+    rows TEXT,
+    sha256 TEXT,
     PRIMARY KEY (domain, number)
 );
 CREATE TABLE heads (
@@ -65,18 +68,24 @@ CREATE TABLE windows (
 """Every table but `base` has a column `domain`, by which it is erased; what belongs to a version cascades from it.
 
 `parent` is a number in the same domain and may have been pruned; `latest` is the highest number ever given out.
-A version's replay buffer is a list of window ids, 16 bytes each; the windows, int32, are stored once a domain.
+A version's replay buffer is a list of window ids, 16 bytes each; the windows, int32, are stored once a domain. `rows`
+are digests of the version's rows in `heldout` and `replay`, by table; `sha256` is that of its other columns. A program
+that knew schema 1 only wrote neither: SQLite itself keeps no checksums, so what it wrote cannot be checked.
 """
 
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: ("ALTER TABLE versions ADD COLUMN rows TEXT", "ALTER TABLE versions ADD COLUMN sha256 TEXT"),
+}
 """What turns a database of schema n into one of n + 1, statement by statement, in one transaction."""
 
-_OTHER_CAUSES = {
-    sqlite3.SQLITE_BUSY,
+PATIENCE = 10.0
+"""Seconds that a connection waits for another one that keeps it from writing."""
+
+_HELD = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_OTHER_CAUSES = _HELD | {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_READONLY,
 }
@@ -117,7 +126,7 @@ class Database:
         mode = "rwc" if path else "rw"  # without it, reading what was just removed would make an empty file
         where = f"{(path or self.path).absolute().as_uri()}?mode={mode}"
         try:
-            with contextlib.closing(sqlite3.connect(where, timeout=10, uri=True)) as db:
+            with contextlib.closing(sqlite3.connect(where, timeout=PATIENCE, uri=True)) as db:
                 db.execute("PRAGMA foreign_keys = ON")
                 db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the journal's end is on the disk too
                 db.execute("PRAGMA secure_delete = ON")
@@ -128,6 +137,8 @@ class Database:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code == sqlite3.SQLITE_FULL:
                 raise OSError(errno.ENOSPC, str(error), str(self.path)) from None
+            if code in _HELD:
+                raise OSError(f"{self.path}: another program has it open ({error}); close it there") from None
             if code in _OTHER_CAUSES:
                 raise OSError(f"{self.path}: {error}") from None
             raise self.damaged(error) from None
@@ -147,7 +158,7 @@ class Database:
             yield copy
             copy.commit()
             copy.execute("VACUUM")
-            copy.backup(db)
+            copy.backup(db, progress=_patience())
 
     def erase(self, domain: str) -> None:
         """Remove a domain from every table that has a column of that name, leaving no trace in the file."""
@@ -201,6 +212,19 @@ class Database:
                 found.append(f"a row of {table} belongs to none of {parent}")
             found += [f"domain {row[0]!r} has versions and no head" for row in db.execute(orphans).fetchall()]
         return [f"{self.path}: {line}" for line in found]
+
+
+def _patience() -> Callable[[int, int, int], None]:
+    """For `Connection.backup`, which by itself tries for ever to write where another program reads, deaf to signals."""
+    end = time.monotonic() + PATIENCE
+
+    def look(status: int, remaining: int, total: int) -> None:
+        if status in _HELD and time.monotonic() > end:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = status
+            raise error
+
+    return look
 
 
 def _migrated(db: sqlite3.Connection) -> int:

@@ -83,7 +83,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, durably."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a path that is no UTF-8
+        text = json.dumps(value, indent=2, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path, limit: int = 64 * 1024 * 1024) -> dict[str, Any]:
@@ -188,12 +193,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)  # who finds it locked next must not be told of this process
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def unlocked(path: Path) -> Iterator[str | None]:
-    """Keep writers of `locked` out for the block and yield None; where one is at work, yield its pid at once.
+    """Keep writers of `locked` out for the block and yield None; where one is at work, yield its pid, or "unknown".
 
     The block must be shorter than a writer's patience of a tenth of a second. Creates and writes nothing.
     """
@@ -206,7 +213,7 @@ def unlocked(path: Path) -> Iterator[str | None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield _holder(descriptor)
+            yield _holder(descriptor) or "unknown"
         else:
             yield None
     finally:
@@ -223,9 +230,9 @@ def _lock(path: Path, what: str) -> int:
                 break
             except BlockingIOError:
                 if not patience:
-                    raise LockedError(
-                        f"{what} is being written by process {_holder(descriptor)}; wait until it ends"
-                    ) from None
+                    holder = _holder(descriptor)
+                    doing = f"is being written by process {holder}" if holder else "is in use by another process"
+                    raise LockedError(f"{what} {doing}; wait until it ends") from None
                 time.sleep(patience)
     except BaseException:
         os.close(descriptor)
@@ -234,8 +241,8 @@ def _lock(path: Path, what: str) -> int:
 
 
 def _holder(descriptor: int) -> str:
-    """The pid in a lock file, as text."""
-    return os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+    """The pid in a lock file, as text; empty where nobody writes, or has not said so yet."""
+    return os.pread(descriptor, 32, 0).decode(errors="replace").strip()
 
 
 def _is_open_file(descriptor: int, path: Path) -> bool:

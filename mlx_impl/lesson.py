@@ -46,6 +46,9 @@ MEASURING_SHARE = 0.05
 STATES_SHARE, BACKGROUND_SHARE = 0.05, 0.1
 """Shares of the steps' work that states may add, and the base's own text, which no domain may have brought yet."""
 
+ROOM = 0.5
+"""Share of the time that a lesson's steps may be expected to take for the clock to have no say in it."""
+
 MEASURED_TOKENS = 0.3
 """Tokens measured before, and again after, for each that is trained on: a short lesson is not outlasted by them."""
 
@@ -153,24 +156,23 @@ class Teacher:
         )
 
         measuring = Measuring(self.model, self.config.seq_len)
-        first, earlier = self._measure(measuring, probe, history, len(train), budget)
+        patience = self._patience(measuring, probe, self._work(train, budget, past), budget)
+        first, earlier = self._measure(measuring, probe, history, len(train), budget, patience)
         check_finite(first, "before the lesson: the base model is damaged, or its domain is; see undo")
         report({"event": "measured", "when": "before", "loss": first.loss, "tokens": first.tokens})
 
-        work = self._expected_tokens(train, budget, measuring.speed, past)
+        work = min(patience * measuring.speed, self._work(train, budget, past))
         statistics = self._statistics(train, parent, work)
         hold(past, self.model, self.config, seed, work)
         end = started + budget.seconds
         general = None
         if like_base:
             general = data.tokens_of(self._affordable(list(like_base), budget, report), self.tokenizer)
-        deadline = end - measuring.seconds
-        session = Session(
-            self.model, self.config, train, past, seed % 2**32, budget, deadline, measuring.speed, general
-        )
+        deadline, speed = end - measuring.seconds, measuring.speed if patience < math.inf else math.inf
+        session = Session(self.model, self.config, train, past, seed % 2**32, budget, deadline, speed, general)
         session.run(report)
 
-        left = end - time.perf_counter() if budget.steps is None else math.inf
+        left = end - time.perf_counter() if patience < math.inf else math.inf
         (first, last), *rest = measuring.after(max(left, measuring.seconds))
         for measured in (last, *(now for _, now in rest)):
             check_finite(measured, "after the lesson: nothing was kept, try a lower --lr")
@@ -201,24 +203,33 @@ class Teacher:
 
         def write(folder: Path) -> None:
             write_adapter(folder, arrays, shape, self.model)
-            write_state(folder, past.fisher, statistics)
+            write_state(folder, past.fisher, statistics, past.left)
 
         lesson.version = self._commit(lesson, parent, write, heldout, past).name
         lesson.seconds = time.perf_counter() - started
         return lesson, (arrays, shape.scale)
 
-    def _expected_tokens(self, train: data.Tokens, budget: Budget, speed: float, past: Past) -> float:
-        """The steps' work in tokens of a forward pass, of which `speed` go into a second; inf where steps are counted.
+    def _work(self, train: data.Tokens, budget: Budget, past: Past) -> float:
+        """That of the steps that are asked for, in tokens of a forward pass; inf where they are counted.
 
-        The clock has a part in it only where the time will not suffice for all of the text. A replayed token goes
-        through its teacher, too.
+        A replayed token goes through its teacher, too.
         """
         if budget.steps is not None:
             return math.inf
         ratio = self.config.replay_ratio * past.replayable
         ratio = min(ratio, 0.5) if self.config.batch_size == 1 else ratio  # see replay.split_rows
         for_one = BACKWARD + (BACKWARD + 1) * ratio / (1 - ratio)
-        return min(budget.seconds * speed, for_one * self._passes(len(train), budget) * len(train))
+        return for_one * self._passes(len(train), budget) * len(train)
+
+    def _patience(self, measuring: Measuring, probe: data.Tokens, work: float, budget: Budget) -> float:
+        """The seconds that the lesson's parts are shares of: the budget's or, where that is ample for `work`, no end.
+
+        Without an end nothing depends on the clock, unless the steps turn out to take more than twice as long.
+        """
+        if budget.steps is not None:
+            return math.inf
+        ample = work / (ROOM * budget.seconds)  # tokens a second
+        return math.inf if measuring.pace(probe, ample) >= ample else budget.seconds
 
     def _passes(self, tokens: int, budget: Budget) -> float:
         """Passes over so many tokens, if the time suffices."""
@@ -247,7 +258,10 @@ class Teacher:
             share = len(train) / float(statistics["counts"].sum())
             means = states.merged(before[states.MEANS], means, share)
         statistics[states.MEANS] = means
-        return statistics if background is None else {**statistics, states.BACKGROUND: background}
+        if background is None:
+            return statistics
+        how = before.get(states.MADE_WITH, states.made_with())
+        return {**statistics, states.BACKGROUND: background, states.MADE_WITH: how}
 
     def _predicted_memory(self, tokens: int, past: Past, like_base: bool) -> int:
         """Bytes at the peak of the lesson's steps, if the time allows whole batches."""
@@ -277,19 +291,23 @@ class Teacher:
         return shape
 
     def _measure(
-        self, measuring: Measuring, probe: data.Tokens, history: list[Version], tokens: int, budget: Budget
+        self,
+        measuring: Measuring,
+        probe: data.Tokens,
+        history: list[Version],
+        tokens: int,
+        budget: Budget,
+        patience: float,
     ) -> tuple[Evaluation, list[Version]]:
         """Measure the lesson's own probe, then those of earlier lessons, latest first; returns the one and the others.
 
-        The probe is measured on a window at least and, where the time allows, one earlier lesson on a short one. With
-        a number of steps the clock has no say.
+        The probe is measured on a window at least and, where `patience` allows, one earlier lesson on a short one.
         """
         c = self.config
         asked = self._passes(tokens, budget) * tokens
-        seconds = MEASURING_SHARE * budget.seconds
+        seconds = MEASURING_SHARE * patience
         if budget.steps is not None:
             asked = budget.steps * c.batch_size * c.gradient_accumulation_steps * c.seq_len
-            seconds = math.inf
         at_most = MEASURED_TOKENS * asked
         share = 2 / 3 if history else 1.0
         first = measuring.before(probe, max(c.seq_len, share * at_most), share * seconds)
@@ -298,9 +316,8 @@ class Teacher:
         for version in reversed(history):
             if measuring.seconds + c.seq_len / measuring.speed > seconds or (earlier and left <= 0):
                 break
-            kept = self.store.heldout(version)
-            if kept is not None:
-                text = data.Tokens(kept.ids, kept.trained, kept.documents, kept.bytes)
+            text = self.store.probe(version, self.model.vocab_size)
+            if text is not None:
                 left -= measuring.before(text, min(KEPT_TOKENS, left), seconds - measuring.seconds).tokens
                 earlier.append(version)
         return first, earlier

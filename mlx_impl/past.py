@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_impl import lora
-from mlx_impl.adapters import read_adapter, read_fisher
+from mlx_impl.adapters import read_adapter, read_fisher, read_unestimated
 from mlx_impl.arrays import Arrays, Tree
 from mlx_impl.base import BaseModel
 from mlx_impl.config import ContinualLearningConfig
@@ -22,7 +22,8 @@ from mlx_impl.data import Tokens
 from mlx_impl.errors import DamagedFileError
 from mlx_impl.ewc import calibrated, consolidate, ewc_penalty, fisher_diagonal, logits_of
 from mlx_impl.loss import summed_divergence
-from mlx_impl.replay import ReplayBuffer, Window, pack, unpack, window_id
+from mlx_impl.replay import ReplayBuffer, Window, pack, unpack
+from mlx_impl.reservoirs import window_id
 from mlx_impl.store import Replay, Store, Version
 from mlx_impl.windows import Windows
 
@@ -86,6 +87,11 @@ class Past:
         """Share of the buffer's earlier rows that are not the lesson's own text; 0 where there are none."""
         return self.buffer.available(self.lesson, self.own) / max(1, self.buffer.available(self.lesson))
 
+    @property
+    def left(self) -> list[int]:
+        """The lessons that the Fisher will not know after this one, if it is not this one alone; else nothing."""
+        return [*self.unestimated, self.lesson] if self.unestimated else []
+
     def record(self) -> Replay:
         """The buffer as a version keeps it, with the windows that came in with this lesson."""
         new = {row.id: row.window for row in self.buffer.rows(self.lesson)}
@@ -107,7 +113,7 @@ def recall(
     domain never had. Raises DamagedFileError where what was stored is not what was written; of a version before
     `parent` that is damaged, `note` is told, and the next one takes its place as after `prune`.
     """
-    past = Past(_buffer(store, parent, config, seed, length), parent.depth + 1 if parent else 1)
+    past = Past(_buffer(store, parent, model, config, seed, length), parent.depth + 1 if parent else 1)
     if parent is None:
         return past
     history = store.history(parent.domain)
@@ -122,9 +128,10 @@ def recall(
             note(f"{error}; until then {history[number + 1].name} stands for it")
             return read(number + 1)
 
-    past.unestimated = _unestimated(history)
+    folder = store.files_of(parent)
+    past.unestimated = read_unestimated(folder) or _unestimated(history)
     past.teacher = lambda lesson: read(best_version(history, lesson))
-    past.fisher = read_fisher(store.files_of(parent), lora.adapter_arrays(model))
+    past.fisher = read_fisher(folder, lora.adapter_arrays(model))
     return past
 
 
@@ -138,6 +145,7 @@ def hold(past: Past, model: BaseModel, config: ContinualLearningConfig, seed: in
     if past.lesson == 1 or not _holds(config.use_ewc, config.ewc_lambda):
         return
     past.fisher = _fisher(past, model, config, seed, work)
+    past.unestimated = ()
     if past.fisher is not None:
         past.penalty = _penalty(lora.adapter_arrays(model), past.fisher, config.ewc_lambda)
 
@@ -148,7 +156,10 @@ def _holds(use_ewc: bool, strength: float) -> bool:
 
 
 def _unestimated(history: Sequence[Version]) -> list[int]:
-    """The lessons whose Fisher the last version does not have; see `Past`. A lesson with EWC has that of all before."""
+    """The lessons whose Fisher the last version does not have, where it does not say so itself; see `Past`.
+
+    A lesson with EWC has that of all before.
+    """
     lessons: list[int] = []
     for version in reversed(history):
         lessons.insert(0, version.depth)
@@ -181,15 +192,23 @@ def best_version(history: Sequence[Version], lesson: int) -> int:
 
 
 def _buffer(
-    store: Store, parent: Version | None, config: ContinualLearningConfig, seed: int, length: int
+    store: Store, parent: Version | None, model: BaseModel, config: ContinualLearningConfig, seed: int, length: int
 ) -> ReplayBuffer:
     """The domain's windows as its head left them; an empty buffer, from `seed`, before the first lesson."""
     recorded = store.replay(parent) if parent is not None else None
     if recorded is None:
         return ReplayBuffer(length, config.replay_buffer_size, config.replay_strategy, seed)
     state = {"counters": recorded.counters, "ids": recorded.ids, "priorities": recorded.priorities}
-    longest = max(length, recorded.counters["length"])
-    buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, longest)
+    try:
+        if not 1 <= recorded.counters["length"] <= model.config.max_seq_len:
+            raise ValueError(f"windows of {recorded.counters['length']} tokens")
+        if any((unpack(window)[0] >= model.vocab_size).any() for window in recorded.windows.values()):
+            raise ValueError("tokens that the model does not have")
+        longest = max(length, recorded.counters["length"])
+        buffer = ReplayBuffer.restore(state, recorded.windows.__getitem__, longest)
+    except (DamagedFileError, KeyError, TypeError, ValueError, OverflowError) as error:
+        assert parent is not None
+        raise store.damaged(parent, f"its replay buffer cannot be what a lesson left: {error}") from None
     buffer.use(config.replay_strategy)
     buffer.resize(config.replay_buffer_size)
     return buffer

@@ -6,7 +6,6 @@ complement, so that tokens and mask move, and are hashed, as one. Shapes: B rows
 a row of the buffer, N rows of the buffer.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.ngrams import ngrams, share, shares
-from mlx_impl.reservoirs import Reservoirs, Row
+from mlx_impl.reservoirs import Reservoirs, Row, window_id
 
 Window = NDArray[np.int32]
 """A packed window (n + 1,): its tokens; one whose prediction does not count, t, as -1 - t."""
@@ -72,11 +71,6 @@ def pack(tokens: ArrayLike, mask: ArrayLike) -> list[Window]:
 def unpack(window: Window) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Tokens (n + 1,) and mask (n,) of a packed window."""
     return np.where(window < 0, -1 - window, window), (window[1:] >= 0).astype(np.float32)
-
-
-def window_id(window: Window) -> bytes:
-    """16 bytes that stand for a packed window, tokens and mask: BLAKE2b of it as little-endian int32."""
-    return hashlib.blake2b(window.astype("<i4").tobytes(), digest_size=16).digest()
 
 
 def _trimmed(row: Window) -> Window:

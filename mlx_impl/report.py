@@ -122,16 +122,15 @@ def _history(learner: ContinualLearner, domain: str, tokens: int) -> _History:
 
 def _probe(learner: ContinualLearner, version: Version, tokens: int) -> Tokens | None:
     """A lesson's held-out text up to the token that is number `tokens` of those that count; None without one."""
-    kept = learner.store.heldout(version)
-    if kept is None:
+    text = learner.store.probe(version, learner.model.vocab_size)
+    if text is None:
         return None
-    text = Tokens(kept.ids, kept.trained, kept.documents, kept.bytes)
     counted = np.flatnonzero(text.span(1, len(text))[1])[:tokens]
     if not len(counted):
         return None
     end = int(counted[-1]) + 2
     trained = None if text.trained is None else text.trained[:end]
-    return Tokens(text.ids[:end], trained, kept.documents, kept.bytes)
+    return Tokens(text.ids[:end], trained, text.n_documents, text.n_bytes)
 
 
 def _measure(learner: ContinualLearner, history: _History, progress: "_Progress") -> dict[str, Any]:

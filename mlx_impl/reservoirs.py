@@ -26,6 +26,11 @@ LEAST_PRIORITY = 1e-6
 """Nats added to every loss, so that a window that is known perfectly is still drawn at times (Schaul et al. 2016)."""
 
 
+def window_id(window: NDArray[np.int32]) -> bytes:
+    """16 bytes that stand for a packed window, tokens and mask: BLAKE2b of it as little-endian int32."""
+    return hashlib.blake2b(window.astype("<i4").tobytes(), digest_size=16).digest()
+
+
 def check_importance(importance: float) -> None:
     """InputError for an importance that a lesson cannot have."""
     low, high = IMPORTANCES

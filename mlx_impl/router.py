@@ -152,11 +152,15 @@ class Router:
         return Routing(best if surprised > 0 else None, scores, surprised)
 
     def background(self) -> states.Floats | None:
-        """What versions carry of the base's own text, the same where there is any; None where none is readable."""
+        """What versions carry of the base's own text, as it would be made here and now: the same, where there is any.
+
+        None where none is readable.
+        """
+        how = states.made_with()
         for domain in self._store.domains():
             with contextlib.suppress(DamagedFileError):
                 found = self._of(self._store.require(domain)) or {}
-                if states.BACKGROUND in found:
+                if states.BACKGROUND in found and np.array_equal(found.get(states.MADE_WITH, ()), how):
                     return found[states.BACKGROUND]
         return None
 
@@ -191,8 +195,7 @@ class Router:
             folder = self._store.paths(version)[0]
             if not (folder / STATE).is_file() or files.sha256(folder / STATE) != digest:
                 raise DamagedFileError(
-                    f"{folder / STATE}: missing or changed since it was learned; "
-                    f"`minimac-mlx undo {version.domain}` goes back a version"
+                    f"{folder / STATE}: missing or changed since it was learned; {self._store.way_out(version)}"
                 )
             self._statistics[key] = read_statistics(folder)
         return self._statistics[key]

@@ -1,7 +1,7 @@
 """The optimizer steps of one lesson, within a budget of wall time.
 
 How many steps fit is estimated from the speed of the measurement before and corrected after every step; the
-learning-rate schedule follows. Where the time suffices for all that was asked, nothing depends on the clock.
+learning-rate schedule follows. Where the time amply suffices for all that was asked, nothing depends on the clock.
 """
 
 import math
@@ -65,6 +65,7 @@ class Session:
     ) -> None:
         """`deadline`: when the last step should have ended, by time.perf_counter; `speed`: tokens a second, forward.
 
+        A speed of inf says that the time will suffice; only the steps themselves can then prove otherwise.
         `like_base` is text of the kind that the base was trained on: `base_ratio` of it is added to each batch.
         """
         self.model, self.config, self.budget, self.deadline = model, config, budget, deadline
@@ -72,8 +73,9 @@ class Session:
         windows = Windows(train, config.seq_len)
         self.ratio = config.replay_ratio * past.replayable
         accumulated = config.gradient_accumulation_steps
-        seconds_per_row = BACKWARD * windows.seq_len * accumulated / speed  # the first steps will tell better
-        affordable = (deadline - time.perf_counter()) / seconds_per_row  # rows, each with its accumulation
+        affordable = math.inf  # rows, each with its accumulation; the first steps will tell better
+        if speed < math.inf:
+            affordable = (deadline - time.perf_counter()) * speed / (BACKWARD * windows.seq_len * accumulated)
         fresh = 1 - self.ratio  # share of a batch that is the lesson's own
         passes = budget.passes(len(windows) / accumulated)
         enough = min(passes * len(windows) / accumulated / fresh, affordable) / LEAST_STEPS

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_impl import generate
 from mlx_impl.base import BaseModel
+from mlx_impl.device import compute_dtype, dtype_name, keep_quantised
 from mlx_impl.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
@@ -34,8 +35,8 @@ MADE_UP = 16
 TOKENS_OF_ONE = STRETCH // 4
 """What the states of a stretch cost, in tokens of a whole forward pass."""
 
-MEANS, BACKGROUND = "means", "background"
-"""Names of the two in a version's statistics: (N, D) each."""
+MEANS, BACKGROUND, MADE_WITH = "means", "background", "made_with"
+"""Names in a version's statistics: of the two, (N, D) each, and of `made_with` for the background."""
 
 PRICE = 64
 """Of the background, in stretches that are read: it goes through all of the base, token by token, side by side."""
@@ -100,6 +101,15 @@ def background(model: BaseModel, tokenizer: Tokenizer) -> Floats:
     start = first_token(tokenizer)
     drawn = generate.sampled_rows(model, start, MADE_UP, STRETCH, mx.random.key(SEED), tokenizer.vocab_size)
     return mean_states(model, np.array(drawn, np.int32), start)
+
+
+def made_with() -> Floats:
+    """What the base's own text depends on beside the base, the kind of its numbers and of the processor, as codes (N,).
+
+    Made with others, it differs in the last digits or in its words.
+    """
+    how = f"{dtype_name(compute_dtype())} {mx.default_device().type} {'packed' if keep_quantised() else 'plain'}"
+    return np.array([ord(letter) for letter in how], np.float32)
 
 
 def first_token(tokenizer: Tokenizer) -> int:

@@ -1,18 +1,21 @@
 """What a model has learned, on disk: a SQLite commit log beside ordinary mlx-lm adapter folders.
 
 A lesson is written to a temporary folder, fsynced and renamed; then ONE transaction moves the domain's head. A crash
-leaves the old head or the new one, never a mixture. What a crashed or failed writer leaves lying about is swept.
-Versions are immutable and their files' hashes are checked when they are read. Imports no MLX: arrays are files here.
+leaves the old head or the new one, never a mixture. What a crashed or failed writer leaves lying about is swept: it is
+known by a mark, so that nothing that somebody else put there is ever removed. Versions are immutable, and the hashes of
+their files and rows are checked when they are read. Imports no MLX: arrays are files here.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
+import os
 import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,19 @@ from typing import Any
 import numpy as np
 
 from mlx_impl import files, modeldir
+from mlx_impl.data import Tokens
 from mlx_impl.database import Database
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
+from mlx_impl.reservoirs import window_id
 from mlx_impl.tokenizer import tokenizer_file
 
-_COLUMNS = "domain, number, parent, depth, source, created, config, figures, files"
+_COLUMNS = "domain, number, parent, depth, source, created, config, figures, files, rows, sha256"
 _DATABASE = "learner.sqlite"
 _LOCK = ".lock"
+
+PENDING = ".pending"
+"""Lies in a version's folder until its row is committed, and again before that is deleted: without one nothing is
+swept."""
 
 
 def check_domain(name: str) -> str:
@@ -53,6 +62,11 @@ class HeldOut:
     documents: int
     bytes: int
 
+    def digest(self) -> str:
+        """Of all four."""
+        trained = b"" if self.trained is None else self.trained.astype(np.uint8).tobytes()
+        return _digest(self.ids.astype("<i4").tobytes(), trained, self.documents, self.bytes)
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -66,12 +80,19 @@ class Replay:
     priorities: np.ndarray  # (N,) float64
     windows: dict[bytes, np.ndarray]
 
+    def digest(self) -> str:
+        """Of all but the windows, whose ids are hashes of them."""
+        counters = json.dumps(self.counters, sort_keys=True, allow_nan=False)
+        return _digest(counters, self.ids.astype(np.uint8).tobytes(), self.priorities.astype("<f8").tobytes())
+
 
 @dataclass(frozen=True)
 class Version:
     """One committed lesson. `depth` counts the lessons on the way to it; `number` names its folder for good.
 
     `parent` is the number of the version it stands on, which may have been pruned since; None for a first lesson.
+    `files` maps names to sha256, `rows` the tables `heldout` and `replay` to digests of what they hold of the version;
+    it is None where a program wrote them that did not record any.
     """
 
     domain: str
@@ -83,6 +104,7 @@ class Version:
     config: dict[str, Any]
     figures: dict[str, Any]
     files: dict[str, str]
+    rows: dict[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -151,25 +173,38 @@ class Store:
         return chain[::-1]
 
     def heldout(self, version: Version) -> HeldOut | None:
-        """What was held out of the lesson's text, None if nothing was."""
+        """What was held out of the lesson's text, None if nothing was; DamagedFileError where it is not that."""
         with self.database.connected() as db:
             row = db.execute(
                 "SELECT ids, trained, documents, bytes FROM heldout WHERE domain = ? AND number = ?",
                 (version.domain, version.number),
             ).fetchone()
-        if row is None:
+        found = None
+        if row is not None:
+            try:
+                ids = np.frombuffer(row[0], "<i4").astype(np.int32)
+                trained = None if row[1] is None else np.frombuffer(row[1], np.uint8).astype(bool)
+            except (ValueError, TypeError) as error:
+                raise self.damaged(version, f"its held-out text: {error}") from None
+            found = HeldOut(ids, trained, row[2], row[3])
+        self._compare(version, "heldout", found, "its held-out text")
+        return found
+
+    def probe(self, version: Version, vocab_size: int) -> Tokens | None:
+        """What was held out, to measure it; DamagedFileError also for tokens that a model of so many does not have."""
+        kept = self.heldout(version)
+        if kept is None:
             return None
-        try:
-            ids = np.frombuffer(row[0], "<i4").astype(np.int32)
-            trained = None if row[1] is None else np.frombuffer(row[1], np.uint8).astype(bool)
-        except (ValueError, TypeError) as error:
-            raise self.database.damaged(error) from None
-        return HeldOut(ids, trained, row[2], row[3])
+        if not len(kept.ids) or kept.ids.min() < 0 or kept.ids.max() >= vocab_size:
+            raise self.damaged(version, "its held-out text has tokens that the model does not have")
+        if kept.trained is not None and len(kept.trained) != len(kept.ids):
+            raise self.damaged(version, f"its held-out text has {len(kept.ids)} tokens and {len(kept.trained)} marks")
+        return Tokens(kept.ids, kept.trained, kept.documents, kept.bytes)
 
     def replay(self, version: Version) -> Replay | None:
         """The replay buffer as a version left it, with all of its windows; None if it left none.
 
-        Raises DamagedFileError where a window is missing or cannot be what was written.
+        Raises DamagedFileError where a window is missing or anything is not what was written.
         """
         key = (version.domain, version.number)
         with self.database.connected() as db:
@@ -177,25 +212,54 @@ class Store:
                 "SELECT counters, ids, priorities FROM replay WHERE domain = ? AND number = ?", key
             ).fetchone()
             stored = dict(db.execute("SELECT id, tokens FROM windows WHERE domain = ?", (version.domain,)))
-        if row is None:
-            return None
-        try:
-            ids = np.frombuffer(row[1], np.uint8).reshape(-1, 16)
-            windows = {id.tobytes(): np.frombuffer(stored[id.tobytes()], "<i4").astype(np.int32) for id in ids}
-            return Replay(json.loads(row[0]), ids, np.frombuffer(row[2], "<f8"), windows)
-        except (KeyError, ValueError) as error:
-            raise self.database.damaged(f"the replay buffer of {version.domain} {version.name}: {error}") from None
+        found = None
+        if row is not None:
+            try:
+                ids = np.frombuffer(row[1], np.uint8).reshape(-1, 16)
+                windows = {id.tobytes(): np.frombuffer(stored[id.tobytes()], "<i4").astype(np.int32) for id in ids}
+                found = Replay(_mapping(row[0]), ids, np.frombuffer(row[2], "<f8"), windows)
+            except KeyError as error:
+                raise self.damaged(version, f"its replay buffer lacks window {error.args[0].hex()}") from None
+            except (ValueError, TypeError) as error:
+                raise self.damaged(version, f"its replay buffer: {error}") from None
+            for id, window in windows.items():
+                if window_id(window) != id:
+                    raise self.damaged(version, f"window {id.hex()} of its replay buffer has changed")
+        self._compare(version, "replay", found, "its replay buffer")
+        return found
+
+    def _compare(self, version: Version, table: str, found: HeldOut | Replay | None, what: str) -> None:
+        """DamagedFileError where a version's row in a table, or there being none, is not what was committed."""
+        if version.rows is None:
+            return
+        if version.rows.get(table) != (found.digest() if found is not None else None):
+            raise self.damaged(version, f"{what} has changed since it was learned")
+
+    def damaged(self, version: Version, problem: str) -> DamagedFileError:
+        """The error for what the database holds of a version."""
+        where = f"{self.database.path}: {version.domain} {version.name}"
+        return DamagedFileError(f"{where}: {problem}; {self.way_out(version)}")
 
     def files_of(self, version: Version) -> Path:
         """The version's folder, after comparing its files' hashes; DamagedFileError names the one that differs."""
         for problem in self.damage(version):
-            head = self.head(version.domain)
-            if head is not None and head.number > version.number:
-                advice = "later versions do without it: `minimac-mlx prune --keep N` deletes all but the last N"
-            else:
-                advice = f"`minimac-mlx undo {version.domain}` goes back a version"
-            raise DamagedFileError(f"{problem}; {advice}")
+            if version not in self.versions(version.domain):
+                name = f"{version.domain} {version.name}"
+                raise InputError(f"{name} was removed by another process meanwhile; run this again")
+            raise DamagedFileError(f"{problem}; {self.way_out(version)}")
         return self._folder(version)
+
+    def way_out(self, version: Version) -> str:
+        """What to do about a version that is damaged."""
+        domain, head = version.domain, self.head(version.domain)
+        if head is not None and head.number > version.number:
+            return "later versions do without it: `minimac-mlx prune --keep N` deletes all but the last N"
+        others = [other.number for other in self.versions(domain) if other.number != version.number]
+        if version.parent in others:
+            return f"`minimac-mlx undo {domain}` goes back a version"
+        if others:
+            return f"`minimac-mlx undo {domain} --to {version_name(others[-1])}` goes to another version"
+        return f"there is no other version: restore it, or `minimac-mlx forget {domain}` removes the domain"
 
     def damage(self, version: Version) -> Iterator[str]:
         """Each file of a version that is not as it was learned, and how."""
@@ -305,25 +369,23 @@ class Store:
         with self.database.connected() as db:
             latest = db.execute("SELECT latest FROM heads WHERE domain = ?", (domain,)).fetchone()
         number = latest[0] + 1 if latest else 1
-        folder = self.folder / domain / version_name(number)
+        while os.path.lexists(folder := self.folder / domain / version_name(number)):
+            number += 1  # somebody put it there; a database that was restored from a backup does not know it
         with files.atomic_folder(folder) as temporary:
             write(temporary)
             digests = {path.name: files.sha256(path) for path in sorted(temporary.iterdir())}
+            (temporary / PENDING).touch()
         files.fsync(self.folder)  # the domain's folder may be new
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = (
-            domain,
-            number,
-            parent.number if parent else None,
-            parent.depth + 1 if parent else 1,
-            source,
-            created,
-        )
-        documents = tuple(
-            json.dumps(value, ensure_ascii=False, allow_nan=False) for value in (config, figures, digests)
-        )
+        place = (domain, number, parent.number if parent else None, parent.depth + 1 if parent else 1)
+        rows = {name: part.digest() for name, part in (("heldout", heldout), ("replay", replay)) if part is not None}
+        documents = [
+            json.dumps(value, ensure_ascii=False, allow_nan=False) for value in (config, figures, digests, rows)
+        ]
+        row = [*place, source, created, *documents]
         with self.database.connected() as db, db:  # the second: one transaction
-            db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row + documents)
+            marks = ", ".join("?" * (len(row) + 1))
+            db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES ({marks})", [*row, _digest(*row)])
             if heldout is not None:
                 trained = None if heldout.trained is None else heldout.trained.astype(np.uint8).tobytes()
                 kept = (domain, number, heldout.ids.astype("<i4").tobytes(), trained, heldout.documents, heldout.bytes)
@@ -335,6 +397,7 @@ class Store:
                 counters = json.dumps(replay.counters, allow_nan=False)
                 db.execute("INSERT INTO replay VALUES (?, ?, ?, ?, ?)", (domain, number, counters, ids, priorities))
             db.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (domain, number, number))
+        (folder / PENDING).unlink()
         return self.require(domain)
 
     def undo(self, domain: str, to: int | None = None) -> Version | None:
@@ -383,7 +446,8 @@ class Store:
     def prune(self, keep: int) -> list[Version]:
         """Delete all versions but each domain's head and the `keep` - 1 that it stands on; returns the deleted ones.
 
-        Their held-out tokens go with them. Raises InputError for `keep` below 1. Call inside `writing`.
+        Their held-out tokens go with them. Raises InputError for `keep` below 1, and where a folder is a link. Call
+        inside `writing`.
         """
         if keep < 1:
             raise InputError(f"--keep {keep}: at least the version that a domain is at stays, so 1 or more")
@@ -392,6 +456,7 @@ class Store:
         }
         pruned = [version for version in self.versions() if (version.domain, version.number) not in kept]
         if pruned:
+            self._mark(map(self._folder, pruned))
             with self.database.rewriting() as db:
                 for version in pruned:
                     db.execute("DELETE FROM versions WHERE domain = ? AND number = ?", (version.domain, version.number))
@@ -401,32 +466,49 @@ class Store:
         return pruned
 
     def _erase(self, domain: str) -> None:
-        """Remove a domain's rows without a trace, then its folder, which no row knows any more."""
+        """Remove a domain's rows without a trace, then its folders, also those of a lesson that no row knows."""
+        others = (path.parent for path in (self.folder / domain).glob("v*/adapters.safetensors"))
+        self._mark([*map(self._folder, self.versions(domain)), *(path for path in others if _is_version(path.name))])
         self.database.erase(domain)
         self._sweep()
         files.fsync(self.folder)
 
+    def _mark(self, folders: Iterable[Path]) -> None:
+        """Let `_sweep` remove these folders as soon as no row knows them; InputError for a link to one elsewhere."""
+        there = [folder for folder in folders if os.path.lexists(folder)]
+        for folder in there:
+            if folder.is_symlink() or not folder.is_dir():
+                raise InputError(f"{folder} is a link or a file, and what it stands for would not be erased; remove it")
+        for folder in there:
+            (folder / PENDING).touch()
+            files.fsync(folder)
+
     def _sweep(self) -> None:
-        """Remove what crashed and failed writers left: temporary files, folders that no row knows, dead journals."""
+        """Remove what crashed and failed writers left: temporary files, marked folders, dead journals.
+
+        Where a row knows a marked folder, it is the mark that was left.
+        """
         if not self.folder.is_dir():
             return
         if self.database.exists():
             self.database.sweep()  # checks it too: another process may have begun it
         files.sweep(self.folder)
         known = {(v.domain, v.name) for v in self.versions()}
-        for domain in [path for path in self.folder.iterdir() if _is_domain(path.name)]:
-            if domain.is_symlink() or not domain.is_dir():
-                continue
+        for domain in [path for path in self.folder.iterdir() if _is_domain(path.name) and path.is_dir()]:
             files.sweep(domain)
-            for folder in domain.iterdir():
-                if re.fullmatch(r"v\d{4,}", folder.name) and (domain.name, folder.name) not in known:
-                    shutil.rmtree(folder)
+            for folder in [path for path in domain.iterdir() if _is_version(path.name) and not path.is_symlink()]:
+                unknown = (domain.name, folder.name) not in known
+                if (folder / PENDING).is_file():
+                    _remove(folder) if unknown else (folder / PENDING).unlink()
+                elif unknown:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()  # only if nothing is in it: the mark goes last
             with contextlib.suppress(OSError):
                 domain.rmdir()  # only if nothing is left in it
 
     def _remove_unused(self, keep_folder: bool) -> None:
         """Remove database and lock, which is held, if there is no lesson; the folder too if nothing is left in it."""
-        ours = [*sorted(self.folder.glob(f"{_DATABASE}*"), reverse=True), self.folder / _LOCK]  # the journal first
+        ours = [self.folder / name for name in (f"{_DATABASE}-journal", _DATABASE, _LOCK)]
         others = [path for path in self.folder.iterdir() if path not in ours]
         if self.versions() or any(_is_domain(path.name) for path in others):
             return
@@ -442,10 +524,47 @@ class Store:
             rows = db.execute(
                 f"SELECT {_COLUMNS} FROM versions WHERE {where} ORDER BY domain, number", values
             ).fetchall()
-        try:
-            return [Version(*row[:6], *(json.loads(text) for text in row[6:])) for row in rows]
-        except (ValueError, TypeError) as error:
-            raise self.database.damaged(error) from None
+        found = []
+        for *row, digest in rows:
+            where = f"version {row[1]} of {row[0]}"
+            if digest is not None and digest != _digest(*row):
+                raise self.database.damaged(f"{where} has changed since it was learned")
+            try:
+                documents = [None if text is None else _mapping(text) for text in row[6:]]
+                found.append(Version(*row[:6], *documents))
+            except (ValueError, TypeError) as error:
+                raise self.database.damaged(f"{where}: {error}") from None
+        return found
+
+
+def _digest(*parts: object) -> str:
+    """Sha256 of numbers, texts and bytes, each with its length before it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The JSON object in a column; ValueError or TypeError for anything else."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError(f"a JSON object was expected, this is a {type(value).__name__}")
+    return value
+
+
+def _is_version(name: str) -> bool:
+    return re.fullmatch(r"v\d{4,}", name) is not None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a marked folder, its mark last: a crash on the way leaves a marked one."""
+    for path in folder.iterdir():
+        if path.name != PENDING:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / PENDING).unlink()
+    folder.rmdir()
 
 
 def _drop_unused_windows(db: sqlite3.Connection, domain: str) -> None:

@@ -67,6 +67,7 @@ def _damage(store: Store, version: Version) -> list[str]:
     """What is wrong with a version, nothing if it has been removed meanwhile."""
     try:
         store.heldout(version)
+        store.replay(version)
         problems = list(store.damage(version))
     except DamagedFileError as error:
         problems = [str(error)]

@@ -5,6 +5,7 @@ time.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from lessons import opened, text, tiny_base, tiny_tokenizer
 
-from mlx_impl import lora
+from mlx_impl import lora, verify
 from mlx_impl.adapters import STATE, read_adapter, read_fisher
 from mlx_impl.config import Budget
 from mlx_impl.errors import DamagedFileError
@@ -23,6 +24,7 @@ from mlx_impl.loss import divergence
 from mlx_impl.past import best_version, hold, measured_fisher, recall
 from mlx_impl.readers import text_document
 from mlx_impl.replay import unpack
+from mlx_impl.reservoirs import window_id
 from mlx_impl.store import Version
 
 PLAIN: dict[str, Any] = {"replay_ratio": 0.0, "use_ewc": False}
@@ -262,6 +264,12 @@ def test_forget_erases_what_would_have_been_replayed(base: Path, tmp_path: Path)
         assert db.execute("SELECT DISTINCT domain FROM windows").fetchall() == [("a",)]
 
 
+def execute(base: Path, folder: Path, *statements: str) -> None:
+    with opened(base, folder).store.database.connected() as db, db:
+        for statement in statements:
+            db.execute(statement)
+
+
 def test_prune_drops_the_windows_that_only_pruned_versions_had(base: Path, tmp_path: Path) -> None:
     """A lesson that was undone leaves its windows to undo --to, and none to anybody once it is pruned."""
     teach(base, tmp_path, 0)
@@ -279,13 +287,69 @@ def test_prune_drops_the_windows_that_only_pruned_versions_had(base: Path, tmp_p
     assert teach(base, tmp_path, 1).replayed_tokens > 0
 
 
-def test_a_damaged_buffer_is_refused_with_advice(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("DELETE FROM windows WHERE id = (SELECT min(id) FROM windows)", "buffer lacks window [0-9a-f]{32}"),
+        (
+            "UPDATE windows SET tokens = zeroblob(length(tokens))",
+            "window [0-9a-f]{32} of its replay buffer has changed",
+        ),
+        ("UPDATE replay SET counters = '{}'", "buffer has changed"),
+        ("UPDATE replay SET ids = 'abc'", "its replay buffer: "),
+    ],
+)
+def test_a_damaged_buffer_is_found_and_refused_with_advice(
+    base: Path, tmp_path: Path, damage: str, problem: str
+) -> None:
     teach(base, tmp_path, 0)
-    with opened(base, tmp_path).store.database.connected() as db, db:
-        db.execute("DELETE FROM windows WHERE id = (SELECT min(id) FROM windows)")
-    with pytest.raises(DamagedFileError, match="replay buffer of main v0001"):
+    execute(base, tmp_path, damage)
+    found = verify.verify(base, tmp_path).problems
+    assert len(found) == 1
+    wanted = rf"main v0001: .*{problem}.*; .*minimac-mlx forget main"
+    assert re.search(wanted, found[0])
+    with pytest.raises(DamagedFileError, match=wanted):
         teach(base, tmp_path, 1)
     assert head(base, tmp_path).name == "v0001"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("UPDATE replay SET counters = '{}'", "'length'"),
+        ("UPDATE replay SET counters = json_set(counters, '$.length', 3000000000)", "windows of 3000000000 tokens"),
+        ("UPDATE replay SET counters = json_set(counters, '$.lessons', 7)", "'int' object is not iterable"),
+        ("UPDATE replay SET priorities = x''", "rows are recorded"),
+    ],
+)
+def test_a_buffer_that_somebody_made_up_is_refused(base: Path, tmp_path: Path, damage: str, problem: str) -> None:
+    """Its digests are right: whoever gives the store away can compute them."""
+    teach(base, tmp_path, 0)
+    execute(base, tmp_path, damage, "UPDATE versions SET rows = NULL, sha256 = NULL")
+    with pytest.raises(DamagedFileError, match=f"its replay buffer cannot be what a lesson left: .*{problem}"):
+        teach(base, tmp_path, 1)
+    assert head(base, tmp_path).name == "v0001"
+
+
+def test_tokens_that_the_model_does_not_have_never_reach_it(base: Path, tmp_path: Path) -> None:
+    """Windows are known by hashes of themselves, and held-out text may have come with its digest."""
+    teach(base, tmp_path, 0)
+    lessons = opened(base, tmp_path).store
+    found = lessons.replay(head(base, tmp_path))
+    assert found is not None
+    window = next(iter(found.windows.values())).copy()
+    window[1] = 2**30
+    old, new = found.ids[0].tobytes(), window_id(window)
+    ids = found.ids.tobytes().replace(old, new)
+    with lessons.database.connected() as db, db:
+        db.execute("UPDATE versions SET rows = NULL, sha256 = NULL")
+        db.execute("UPDATE windows SET id = ?, tokens = ? WHERE id = ?", (new, window.tobytes(), old))
+        db.execute("UPDATE replay SET ids = ?", (ids,))
+        db.execute("INSERT INTO heldout VALUES ('main', 1, ?, NULL, 1, 1)", (window.tobytes(),))
+    with pytest.raises(DamagedFileError, match="tokens that the model does not have"):
+        teach(base, tmp_path, 1)
+    with pytest.raises(DamagedFileError, match="its held-out text has tokens that the model does not have"):
+        lessons.probe(head(base, tmp_path), 100)
 
 
 def test_short_lessons_are_not_padded_to_long_windows(base: Path, tmp_path: Path) -> None:

@@ -96,3 +96,10 @@ def test_it_does_not_grow_forever(large: Path, monkeypatch: pytest.MonkeyPatch) 
         (large.with_name(name)).rename(large)
     known = json.loads((files.home_path() / "hashes.json").read_text())
     assert [Path(name).name for name in known] == ["b", "c"]
+
+
+def test_a_name_that_is_no_text_is_remembered_too(large: Path, hashed: list[str]) -> None:
+    named = large.rename(large.parent / os.fsdecode(b"mod\xff"))
+    for _ in range(2):
+        assert hashes.sha256(named)
+    assert len(hashed) == 1

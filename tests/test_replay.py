@@ -24,8 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import torch_ref.replay
 from mlx_impl.config import REPLAY_STRATEGIES
 from mlx_impl.errors import DamagedFileError, InputError
-from mlx_impl.replay import ReplayBuffer, mix, pack, split_rows, unpack, window_id
-from mlx_impl.reservoirs import SumTree
+from mlx_impl.replay import ReplayBuffer, mix, pack, split_rows, unpack
+from mlx_impl.reservoirs import SumTree, window_id
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 4

@@ -281,7 +281,7 @@ def test_statistics_go_with_the_lessons_and_undo_takes_them_back(base: Path, tmp
     expected = count_tokens(both)
     kept = statistics(learner, "main")
     assert {name: kept[name].tolist() for name in expected} == {n: a.tolist() for n, a in expected.items()}
-    assert kept.keys() == {*expected, states.MEANS, states.BACKGROUND}
+    assert kept.keys() == {*expected, states.MEANS, states.BACKGROUND, states.MADE_WITH}
     fisher = read_fisher(learner.store.files_of(learner.store.require("main")), lora.adapter_arrays(learner.model))
     assert fisher is not None
     assert fisher.keys() == lora.adapter_arrays(learner.model).keys()
@@ -324,7 +324,7 @@ def test_damaged_statistics_are_named(base: Path, tmp_path: Path, damage: str) -
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(DamagedFileError, match=rf"{STATE}: missing or changed .*undo garden"):
+    with pytest.raises(DamagedFileError, match=rf"{STATE}: missing or changed .*forget garden"):
         learner.route([5, 6, 7])
 
 

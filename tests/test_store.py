@@ -6,6 +6,7 @@ a writer for every line of Python that a commit executes, and kills it there.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import random
@@ -247,23 +248,23 @@ def test_lessons_of_another_base_or_tokenizer_are_refused(folder: Path, base: st
 def test_a_newer_schema_is_refused(folder: Path) -> None:
     commit(opened(folder), "main", "a")
     with sqlite3.connect(folder / "learner.sqlite") as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(InputError, match="schema 2, this one knows 1"):
+    with pytest.raises(InputError, match="schema 3, this one knows 2"):
         opened(folder)
 
 
 def test_an_older_schema_is_brought_up_to_date(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(opened(folder), "main", "a")
     steps = {
-        1: ("ALTER TABLE versions ADD COLUMN mood TEXT", "UPDATE versions SET mood = 'fine'"),
-        2: ("CREATE TABLE extra (domain TEXT)",),
+        2: ("ALTER TABLE versions ADD COLUMN mood TEXT", "UPDATE versions SET mood = 'fine'"),
+        3: ("CREATE TABLE extra (domain TEXT)",),
     }
-    monkeypatch.setattr(database, "SCHEMA", 3)
+    monkeypatch.setattr(database, "SCHEMA", 4)
     monkeypatch.setattr(database, "MIGRATIONS", steps)
     assert opened(folder).require("main").number == 1
     with contextlib.closing(sqlite3.connect(folder / "learner.sqlite")) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
         assert db.execute("SELECT mood FROM versions").fetchall() == [("fine",)]
         assert db.execute("SELECT * FROM extra").fetchall() == []
     before = tree(folder)
@@ -271,12 +272,29 @@ def test_an_older_schema_is_brought_up_to_date(folder: Path, monkeypatch: pytest
     assert tree(folder) == before
 
 
+def test_lessons_of_the_first_schema_are_read_and_go_on(folder: Path) -> None:
+    commit(opened(folder), "main", "a", HELD)
+    with contextlib.closing(sqlite3.connect(folder / "learner.sqlite")) as db:
+        for column in ("rows", "sha256"):
+            db.execute(f"ALTER TABLE versions DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+    lessons = opened(folder)
+    first = lessons.require("main")
+    assert first.rows is None
+    held = lessons.heldout(first)
+    assert held is not None
+    assert held.ids.tolist() == HELD.ids.tolist()
+    assert commit(lessons, "main", "b", HELD).rows == {"heldout": HELD.digest()}
+    assert verified(folder) == []
+
+
 def test_a_migration_that_fails_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(opened(folder), "main", "a")
     before = tree(folder)
     with monkeypatch.context() as patched:
-        patched.setattr(database, "SCHEMA", 3)
-        steps = {1: ("CREATE TABLE extra (x TEXT)",), 2: ("ALTER TABLE no ADD y TEXT",)}
+        patched.setattr(database, "SCHEMA", 4)
+        steps = {2: ("CREATE TABLE extra (x TEXT)",), 3: ("ALTER TABLE no ADD y TEXT",)}
         patched.setattr(database, "MIGRATIONS", steps)
         with pytest.raises(DamagedFileError, match="no such table"):
             opened(folder)
@@ -502,6 +520,122 @@ def test_a_kill_at_any_line_leaves_the_old_head_or_the_new(tmp_path: Path, step:
     assert all(int(lines) > 30 for lines in ends.values()), ends
 
 
+# -- what others put there -------------------------------------------------------------------------------------------
+
+
+def test_folders_of_others_are_not_swept(folder: Path) -> None:
+    lessons = opened(folder)
+    commit(lessons, "main", "a")
+    (folder / "data" / "v2024").mkdir(parents=True)
+    (folder / "data" / "v2024" / "results.csv").write_text("precious")
+    (folder / "learner.sqlite.bak").write_text("a copy")
+    commit(lessons, "main", "b")
+    forget(lessons, "main")
+    assert (folder / "data" / "v2024" / "results.csv").read_text() == "precious"
+    assert (folder / "learner.sqlite.bak").read_text() == "a copy"
+
+
+def test_a_database_from_a_backup_costs_no_later_lesson(folder: Path) -> None:
+    lessons = opened(folder)
+    commit(lessons, "main", "a")
+    backup = (folder / "learner.sqlite").read_bytes()
+    commit(lessons, "main", "b")
+    commit(lessons, "law", "l")
+    shutil.copytree(folder / "law", folder / "law-copy")
+    (folder / "learner.sqlite").write_bytes(backup)
+    lessons = opened(folder)
+    undo(lessons, "main", 1)
+    assert commit(lessons, "main", "c").name == "v0003"
+    kept = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("weights")}
+    assert kept == {
+        "main/v0001/weights": "a",
+        "main/v0002/weights": "b",
+        "main/v0003/weights": "c",
+        "law/v0001/weights": "l",
+        "law-copy/v0001/weights": "l",
+    }
+    assert sum("belongs to no lesson" in line for line in verified(folder)) == 3
+    assert undo(lessons, "main") is not None
+    assert state(lessons) == {"main": "a"}
+
+
+def test_forgetting_reaches_a_domain_on_another_disk(folder: Path, tmp_path: Path) -> None:
+    lessons = opened(folder)
+    for content in "abc":
+        commit(lessons, "main", content)
+    shutil.move(folder / "main", tmp_path / "larger")
+    (folder / "main").symlink_to(tmp_path / "larger")
+    with lessons.writing():
+        lessons.prune(1)
+    assert [path.name for path in (tmp_path / "larger").iterdir()] == ["v0003"]
+    forget(lessons, "main")
+    assert list((tmp_path / "larger").iterdir()) == []
+    assert commit(lessons, "main", "d").name == "v0001"
+
+
+def test_a_version_that_is_a_link_cannot_be_forgotten(folder: Path, tmp_path: Path) -> None:
+    lessons = opened(folder)
+    commit(lessons, "main", "a")
+    shutil.move(folder / "main" / "v0001", tmp_path / "elsewhere")
+    (folder / "main" / "v0001").symlink_to(tmp_path / "elsewhere")
+    before = tree(folder)
+    with pytest.raises(InputError, match="v0001 is a link or a file"):
+        forget(lessons, "main")
+    assert tree(folder) == before
+    assert (tmp_path / "elsewhere" / "weights").read_text() == "a"
+
+
+def test_while_another_program_reads_nothing_is_erased(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "PATIENCE", 0.2)
+    lessons = opened(folder)
+    commit(lessons, "main", "a")
+    before = tree(folder)
+    with contextlib.closing(sqlite3.connect(folder / "learner.sqlite", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM versions").fetchone()
+        with pytest.raises(OSError, match=r"another program has it open .* close it there"):
+            forget(lessons, "main")
+        reader.execute("COMMIT")
+    assert tree(folder) == before
+    forget(lessons, "main")
+    assert lessons.domains() == []
+
+
+def test_a_version_that_goes_meanwhile_is_not_called_damaged(folder: Path) -> None:
+    lessons = opened(folder)
+    versions = [commit(lessons, "main", content) for content in "ab"]
+    with opened(folder).writing():
+        opened(folder).prune(1)
+    with pytest.raises(InputError, match="main v0001 was removed by another process meanwhile; run this again"):
+        lessons.files_of(versions[0])
+
+
+@pytest.mark.parametrize(
+    ("kept", "advice"),
+    [
+        (3, "`minimac-mlx undo main` goes back a version"),
+        (1, "there is no other version: restore it, or `minimac-mlx forget main` removes the domain"),
+    ],
+)
+def test_the_advice_about_a_damaged_head_can_be_followed(folder: Path, kept: int, advice: str) -> None:
+    lessons = opened(folder)
+    for content in "abc":
+        commit(lessons, "main", content)
+    with lessons.writing():
+        lessons.prune(kept)
+    (folder / "main" / "v0003" / "weights").write_text("x")
+    with pytest.raises(DamagedFileError, match=advice):
+        lessons.files_of(lessons.require("main"))
+
+
+def test_who_ended_is_not_named_as_the_one_at_work(folder: Path) -> None:
+    commit(opened(folder), "main", "a")
+    with open(folder / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # a reader's
+        with pytest.raises(LockedError, match="is in use by another process; wait until it ends"):
+            commit(opened(folder), "main", "b")
+
+
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -600,5 +734,5 @@ def test_a_database_that_cannot_be_used_now_is_not_called_damaged(
     error = sqlite3.OperationalError("not now")
     error.sqlite_errorcode = code
     monkeypatch.setattr(Failing, "error", error)
-    with nothing("SELECT", monkeypatch), pytest.raises(OSError, match=r"learner\.sqlite: not now"):
+    with nothing("SELECT", monkeypatch), pytest.raises(OSError, match=r"learner\.sqlite: (not now$|another program)"):
         lessons.domains()

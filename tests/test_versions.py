@@ -339,7 +339,13 @@ def test_verify_finds_each_kind_of_damage(folder: Path) -> None:
         ("DELETE FROM heads", "domain 'main' has versions and no head"),
         ("DELETE FROM versions WHERE number = 1", "a row of heldout belongs to none of versions"),
         ("UPDATE heldout SET ids = x'010203'", "buffer size must be a multiple"),
-        ("UPDATE versions SET figures = '{'", "Expecting property name"),
+        ("UPDATE versions SET figures = '{', sha256 = NULL", "Expecting property name"),
+        ("UPDATE versions SET figures = '[]', sha256 = NULL", "a JSON object was expected, this is a list"),
+        ("UPDATE versions SET figures = '{}'", "version 1 of main has changed since it was learned"),
+        ("UPDATE versions SET files = '{}'", "version 1 of main has changed since it was learned"),
+        ("UPDATE versions SET sha256 = 'x' WHERE number = 2", "version 2 of main has changed since it was learned"),
+        ("UPDATE heldout SET bytes = 20", "held-out text has changed since it was learned"),
+        ("DELETE FROM heldout", "held-out text has changed since it was learned"),
     ],
 )
 def test_verify_finds_rows_that_make_no_sense(folder: Path, damage: str, words: str) -> None:
@@ -481,6 +487,34 @@ def test_a_b_c_without_b_is_a_c_where_only_b_had_the_time_for_the_base_s_text(ba
     forget(lessons, "b")
     for domain in "ac":
         assert tree(tmp_path / "abc" / domain) == tree(tmp_path / "ac" / domain)
+
+
+def test_a_b_c_without_b_is_a_c_whatever_numbers_b_was_taught_with(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("abc", "ac"):
+        for number, domain in ((2, "b"), (1, "a"), (3, "c")):
+            if domain not in each:
+                continue
+            monkeypatch.setenv("MINIMAC_DTYPE", "bfloat16" if domain == "b" else "float32")
+            learner = ContinualLearner.from_checkpoint(base, SETTINGS, tmp_path / each)
+            assert learner.learn_from_text(text(number, 12_000), domain, budget=Budget(seconds=600)).complete
+    lessons = store.open_store(base, tmp_path / "abc")
+    assert states.BACKGROUND in (read_statistics(lessons.files_of(lessons.require("b"))) or {})
+    forget(lessons, "b")
+    for domain in "ac":
+        assert tree(tmp_path / "abc" / domain) == tree(tmp_path / "ac" / domain)
+
+
+def test_pruning_does_not_hide_lessons_from_a_later_fisher(base: Path, tmp_path: Path) -> None:
+    for each in ("pruned", "whole"):
+        for number in (1, 2, 3):
+            config = dataclasses.replace(SETTINGS, replay_targets="tokens", use_ewc=number == 3)
+            learner = ContinualLearner.from_checkpoint(base, config, tmp_path / each)
+            if each == "pruned" and number == 3:
+                prune(learner.store, 1)
+            learner.learn_from_text(text(number, 1000), budget=Budget(steps=4))
+    assert tree(tmp_path / "pruned" / "main" / "v0003") == tree(tmp_path / "whole" / "main" / "v0003")
 
 
 @pytest.mark.parametrize("targets", ["tokens", "predictions"])
