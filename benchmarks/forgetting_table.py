@@ -121,12 +121,16 @@ def _routing(routed: Mapping[str, Any], taught: Sequence[str]) -> dict[str, Any]
 
 
 def _resampled_forgetting(cell: dict[str, Any], name: str, counts: Counts) -> Floats:
-    """ppl_forget of a text (S,) on documents drawn with replacement: the same for all methods, others of each text."""
+    """ppl_forget of a text (S,) on documents drawn with replacement: the same for all methods, others of each text.
+
+    The best stage is that of the whole text, not of each draw.
+    """
     learned = cell["order"].index(name)
     sums = [stage[name] for stage in cell["stages"][learned:]]
     seed = sorted(counts).index(name)
     losses = resampled_losses(sums, counts[name], SAMPLES, seed)  # (S, stages from its own on)
-    return 100 * np.expm1(losses[:, -1] - losses[:, :-1].min(axis=1))
+    best = int(np.argmin([sum(stage) for stage in sums[:-1]]))
+    return 100 * np.expm1(losses[:, -1] - losses[:, best])
 
 
 def _interval(values: Sequence[float | None], resampled: list[Floats]) -> dict[str, Any]:

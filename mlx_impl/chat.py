@@ -16,7 +16,7 @@ from mlx_impl import readers
 from mlx_impl.cache import PromptCache
 from mlx_impl.config import Budget
 from mlx_impl.console import Reporter
-from mlx_impl.errors import InputError, MiniMacError, legible, printable
+from mlx_impl.errors import InputError, MiniMacError, OutputError, legible, printable
 from mlx_impl.generate import Completion, Sampling, complete, prompt_ids
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.report import report
@@ -99,7 +99,10 @@ class Chat:
         self.use(domain)
 
     def handle(self, line: str) -> bool:
-        """Take a line that was typed; False to leave. A failed command says so and leaves all as it was."""
+        """Take a line that was typed; False to leave. A failed command says so and leaves all as it was.
+
+        Raises OutputError where nobody can be told anything any more.
+        """
         text = line.strip()
         try:
             if line.startswith("/"):
@@ -107,6 +110,8 @@ class Chat:
                 return self._command(name, "".join(rest))
             if text:
                 self.say(text)
+        except OutputError:
+            raise
         except (MiniMacError, OSError) as error:
             self.screen.failed(printable(str(error)))
         return True
@@ -140,6 +145,8 @@ class Chat:
         except KeyboardInterrupt:
             pass
         answer = Answer(text, "".join(pieces), used, tokens, finish)
+        if finish == "interrupted" and answer.text:
+            answer.tokens = len(self.learner.tokenizer.encode(answer.text))
         said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
         self.turns = [*self.turns[dropped:], *said]
         self.screen.end(asdict(answer))
@@ -221,7 +228,9 @@ class Chat:
         domain, what = (named[1], named[2] or "") if named else (self._taught(), rest)
         if not what:
             raise InputError("nothing to learn: /learn FILE or /learn TEXT")
-        documents, label = _material(what)
+        documents, label, skipped = _material(what)
+        if skipped.files:
+            self.screen.note(str(skipped))
         with Reporter(self.quiet) as reporter:
             lesson = self.learner.learn(documents, domain, legible(label), Budget(), reporter)
         record = lesson.as_json()
@@ -237,7 +246,7 @@ class Chat:
         last = store.require(domain)
         before, there = store.history(domain), store.versions(domain)
         if not self.screen.confirm(f"Take {last.name} of {domain} ({last.source}) back?"):
-            self.screen.note("nothing was undone")
+            self.screen.result({"command": "undo", "domain": domain, "declined": True}, "nothing was undone")
             return
         if store.require(domain) != last:
             raise InputError(f"{domain} was changed by another process meanwhile; nothing was undone")
@@ -253,7 +262,7 @@ class Chat:
         versions = self.learner.store.versions(domain)
         sources = [version.source for version in versions]
         if not self.screen.confirm(f"{forgetting_text(domain, sources)}. Erase it for good?"):
-            self.screen.note("nothing was erased")
+            self.screen.result({"command": "forget", "domain": domain, "declined": True}, "nothing was erased")
             return
         if self.learner.store.versions(domain) != versions:
             raise InputError(f"{domain} was changed by another process meanwhile; nothing was erased")
@@ -289,13 +298,14 @@ class Chat:
         self.screen.result({"command": "help", "commands": list(COMMANDS)}, "\n".join(lines))
 
 
-def _material(what: str) -> tuple[list[readers.Document], str]:
-    """The documents that /learn was given, as a path or as the text itself, and a label for them."""
+def _material(what: str) -> tuple[list[readers.Document], str, readers.PassedOver]:
+    """The documents that /learn was given, as a path or as the text itself, a label, and what was passed over."""
+    skipped = readers.PassedOver()
     quoted = re.fullmatch(r"([\"'])(.+)\1", what, re.DOTALL)
     what = quoted[2] if quoted else what
     path = _existing(what)
     if path is not None:
-        return list(readers.read_documents([path])), path.name or str(path)
+        return list(readers.read_documents([path], skipped)), path.name or str(path), skipped
     words = [] if quoted else what.split()
     if words and (words[0].startswith("--") or "--domain" in words):
         raise InputError("/learn takes --domain NAME before the text and no other option; put such a text in quotes")
@@ -303,7 +313,7 @@ def _material(what: str) -> tuple[list[readers.Document], str]:
         raise InputError(f"{what}: no such file; if it is a text, put it in quotes")
     if words and _is_like_path(words[0]) and _existing(words[0]) is not None:
         raise InputError(f"{words[0]} is a file, but what follows is not: one at a time, and a text in quotes")
-    return [readers.text_document(what, "text")], "text"
+    return [readers.text_document(what, "text")], "text", skipped
 
 
 def _is_like_path(word: str) -> bool:

@@ -19,6 +19,10 @@ class MiniMacError(Exception):
     exit_code = 1
 
 
+class OutputError(MiniMacError):
+    """Stdout takes no more, so that there is no use in going on: exit code 1."""
+
+
 class InputError(MiniMacError, ValueError):
     """Wrong usage or input that cannot be used as it is: exit code 2."""
 

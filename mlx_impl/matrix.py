@@ -28,14 +28,16 @@ class ForgettingMatrix:
 
     Lessons and columns are counted from 0 here, so that column j is learned at stage j + 1. `alone[j]` is the loss of
     text j after the base has learned only that text. Columns that do not count, such as those of text that was taught
-    again, have figures of their own but stay out of means, worst ones and BWT; without `counted` all do count. Raises
-    InputError where the numbers of rows, columns and names do not fit.
+    again, have figures of their own but stay out of means, worst ones and BWT; those that are not `fresh`, of text that
+    an earlier lesson taught, stay out of FWT. Without these all do count and are. Raises InputError where the numbers
+    of rows, columns and names do not fit.
     """
 
     names: Sequence[str]
     losses: Sequence[Sequence[float | None]]
     alone: Sequence[float | None] | None = None
     counted: Sequence[bool] | None = None
+    fresh: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         lessons = len(self.names)
@@ -48,8 +50,9 @@ class ForgettingMatrix:
                 raise InputError(f"stage {stage} has losses of {len(row)} texts, there are {lessons} lessons")
         if self.alone is not None and len(self.alone) != lessons:
             raise InputError(f"{len(self.alone)} lessons were learned alone, there are {lessons} lessons")
-        if self.counted is not None and len(self.counted) != lessons:
-            raise InputError(f"{len(self.counted)} lessons count or do not, there are {lessons} lessons")
+        for marks, what in ((self.counted, "count or do not"), (self.fresh, "are fresh or are not")):
+            if marks is not None and len(marks) != lessons:
+                raise InputError(f"{len(marks)} lessons {what}, there are {lessons} lessons")
 
     @property
     def cells(self) -> NDArray[np.float64]:
@@ -65,6 +68,7 @@ class ForgettingMatrix:
             losses=[row[:lessons] for row in self.losses[: lessons + 1]],
             alone=alone,
             counted=None if self.counted is None else self.counted[:lessons],
+            fresh=None if self.fresh is None else self.fresh[:lessons],
         )
 
     @property
@@ -128,7 +132,9 @@ class ForgettingMatrix:
         """FWT, nats per token: mean over j > 1 of L[0][j] - L[j-1][j]. Higher is better: earlier lessons helped."""
         cells = self.cells
         before = np.array([cells[j, j] for j in range(len(self.names))])  # the stage before lesson j is number j
-        return mean(_optional((cells[0] - before)[1:]))
+        fresh = self.fresh or [True] * len(before)
+        later = zip(_optional((cells[0] - before)[1:]), fresh[1:], strict=True)
+        return mean([gained for gained, new in later if new])
 
     @property
     def average_perplexity(self) -> float | None:

@@ -4,10 +4,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_impl import files
 from mlx_impl.matrix import ForgettingMatrix
+from mlx_impl.ngrams import TOLD
 
 ROW, WIDTH = 0.3, 7.5
 """Inches of a lesson's row and of the whole picture of forgetting."""
@@ -44,7 +45,8 @@ def plot_forgetting(records: Sequence[dict[str, Any]], path: Path) -> None:
     """A heat map for each domain of a report: what became of each lesson's text after each later lesson.
 
     Colour and number are ppl_forget after that stage, in percent; the grey cell where a row begins says by how much
-    the text's perplexity had then changed from the base's. Lessons that were not measured have no row.
+    the text's perplexity had then changed from the base's. Lessons that were not measured have no row; those whose
+    text a later lesson taught have no colour, which would be that of forgetting.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,7 +57,8 @@ def plot_forgetting(records: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(records), 1, squeeze=False, height_ratios=rows)[:, 0]
     tables = [_cells(record) for record in records]
-    values = [abs(value) for table in tables for row in table for value in row[1] if math.isfinite(value)]
+    values = [abs(value) for table in tables for row in table if row.counts for value in row.forgotten]
+    values = [value for value in values if math.isfinite(value)]
     limit = min(50.0, max([5.0, *values]))  # noise of a percent or two is not to look like forgetting
     for axes, record, table in zip(panels, records, tables, strict=True):
         image = _heat_map(axes, record, table, limit)
@@ -99,11 +102,17 @@ def plot_panels(panels: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]
         figure.savefig(temporary, format="png", dpi=150)
 
 
-Row = tuple[str, list[float], int, float]
-"""Label, ppl_forget after each stage from 1 (NaN where there is none), the lesson's own column, what it did there."""
+class _Row(NamedTuple):
+    """A lesson's: ppl_forget after each stage from 1 (NaN where there is none), its own column, what it did there."""
+
+    label: str
+    forgotten: list[float]
+    own: int
+    learned: float
+    counts: bool
 
 
-def _cells(record: dict[str, Any]) -> list[Row]:
+def _cells(record: dict[str, Any]) -> list[_Row]:
     """The rows of a domain's heat map, of the lessons that were measured."""
     losses = record["matrix"]["losses"]
     matrix = ForgettingMatrix(record["matrix"]["names"], losses)
@@ -117,25 +126,28 @@ def _cells(record: dict[str, Any]) -> list[Row]:
         learned = math.nan if gain is None else 100 * math.expm1(min(-gain, 700.0))
         source = lesson["source"] if len(lesson["source"]) <= 22 else lesson["source"][:21] + "…"
         known = [math.nan if value is None else value for value in forgotten]
-        rows.append((f"{source}  {lesson['version']}", known, j, learned))
+        counts = lesson["taught_percent"] < TOLD
+        again = "" if counts else "  (taught again)"
+        rows.append(_Row(f"{source}  {lesson['version']}{again}", known, j, learned, counts))
     return rows
 
 
-def _heat_map(axes: Any, record: dict[str, Any], rows: list[Row], limit: float) -> Any:
+def _heat_map(axes: Any, record: dict[str, Any], rows: list[_Row], limit: float) -> Any:
     """Draw one domain; returns the image that the colour bar is made from."""
-    image = axes.imshow([row[1] for row in rows], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    colours = [row.forgotten if row.counts else [math.nan] * len(row.forgotten) for row in rows]
+    image = axes.imshow(colours, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     stages = len(record["lessons"])
     size = 8 if stages <= 8 else 6
     written = stages <= NUMBERS_UP_TO
-    for y, (_, values, own, learned) in enumerate(rows):
+    for y, (_, values, own, learned, counts) in enumerate(rows):
         axes.fill([own - 0.5, own + 0.5, own + 0.5, own - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color="#d9d9d9")
         if written and math.isfinite(learned):
             axes.text(own, y, f"{learned:+.0f}", ha="center", va="center", fontsize=size, color="#555555")
         for x, value in enumerate(values):
             if written and math.isfinite(value):
-                colour = "white" if abs(value) > 0.6 * limit else "black"
+                colour = ("white" if abs(value) > 0.6 * limit else "black") if counts else "#999999"
                 axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=size, color=colour)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=7, parse_math=False)
     each = math.ceil(stages / 20)
     names = [lesson["version"] for lesson in record["lessons"]]
     axes.set_xticks(range(0, stages, each), names[::each], fontsize=7, rotation=45 if stages > 10 else 0)

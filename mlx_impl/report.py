@@ -162,7 +162,9 @@ def _measure(learner: ContinualLearner, history: _History, progress: "_Progress"
             progress.measured(len(text), time.perf_counter() - began)
     intervals = [_interval(documents[j], counts[j]) for j in range(lessons)]
     taught = [_taught_later(history.versions, j) for j in range(lessons)]
-    names, counted = [version.name for version in history.versions], [percent < TOLD for percent in taught]
+    known = [version.figures.get("heldout", {}).get("taught_percent", 0.0) for version in history.versions]
+    names = [version.name for version in history.versions]
+    counted, fresh = ([percent < TOLD for percent in each] for each in (taught, known))
     return {
         "domain": history.domain,
         "regime": "domain named",
@@ -173,12 +175,13 @@ def _measure(learner: ContinualLearner, history: _History, progress: "_Progress"
                 "measured_tokens": int(counts[j].sum()),
                 "documents": int((counts[j] > 0).sum()),
                 "taught_percent": taught[j],
+                "known_percent": known[j],
                 "ppl_forget_interval": found.as_json() if (found := intervals[j]) else None,
             }
             for j, version in enumerate(history.versions)
         ],
         "pruned": history.versions[0].depth - 1,
-        "matrix": ForgettingMatrix(names, losses, counted=counted).as_json(),
+        "matrix": ForgettingMatrix(names, losses, counted=counted, fresh=fresh).as_json(),
         "generated": generated if history.prompts else None,
     }
 
@@ -190,10 +193,14 @@ def _taught_later(versions: list[Version], j: int) -> float:
 
 
 def _interval(stages: list[Floats], counts: Floats) -> Interval | None:
-    """Of a text's ppl_forget, from its nats by document after its own lesson and each later one."""
+    """Of a text's ppl_forget, from its nats by document after its own lesson and each later one.
+
+    The best stage is that of the whole text: the best of each resample would be luck, the more the more stages.
+    """
     if len(stages) < 2 or (counts > 0).sum() < INTERVAL_FROM:
         return None
-    forgotten = lambda loss: 100 * np.expm1(loss[:, -1] - loss[:, :-1].min(axis=1))  # noqa: E731
+    best = int(np.argmin([sums.sum() for sums in stages[:-1]]))
+    forgotten = lambda loss: 100 * np.expm1(loss[:, -1] - loss[:, best])  # noqa: E731
     return statistics.bootstrap(np.stack(stages), counts, forgotten)
 
 

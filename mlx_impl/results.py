@@ -61,7 +61,8 @@ def lesson_text(lesson: Record) -> str:
     ]
     lines += [
         f"{earlier['version']} ({earlier['source']}): {earlier['before']:.3f} -> {earlier['after']:.3f}, "
-        f"perplexity {earlier['ppl_forget_percent']:+.1f} %{_taught(earlier, 'this lesson')}"
+        f"perplexity {earlier['ppl_forget_percent']:+.1f} % on {earlier['tokens']:,} of its tokens"
+        f"{_taught(earlier, 'this lesson')}"
         for earlier in lesson["kept"]
     ]
     if "probe" in lesson:
@@ -192,6 +193,12 @@ def _domain_notes(record: Record) -> list[str]:
         for lesson in record["lessons"]
         if lesson["taught_percent"] >= TOLD
     ]
+    lines += [
+        f"{lesson['known_percent']:.0f} % of {lesson['version']}'s held-out text was taught by an earlier lesson: what "
+        "was gained on it is not its own; not in transfer to later ones"
+        for lesson in record["lessons"]
+        if lesson["known_percent"] >= TOLD
+    ]
     unmeasured = [lesson["version"] for lesson in record["lessons"] if not lesson["measured_tokens"]]
     if unmeasured:
         lines.append(f"nothing was held out of {', '.join(unmeasured)}: not measured")
@@ -238,7 +245,7 @@ def log_text(domain: str, lessons: list[Record], pruned: int) -> str:
         lines.append(f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {taught}{_change(r)}  {r['source']}")
         kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %{_taught(k, r['version'])}" for k in r.get("kept", [])]
         if kept:
-            lines.append(f"       perplexity of earlier lessons: {', '.join(kept)}")
+            lines.append(f"       perplexity of earlier lessons, by this one: {', '.join(kept)}")
     if pruned:
         lines.append(f"{count(pruned, 'older lesson')} of {domain} pruned")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from mlx_impl.errors import MiniMacError, printable
+from mlx_impl.errors import MiniMacError, OutputError, printable
 
 
 def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
@@ -25,7 +25,10 @@ def emit(as_json: bool, record: dict[str, Any], text: str) -> None:
 
 
 def write(text: str) -> None:
-    """Put text on stdout at once. Where its reader has left, the command ends there, as done."""
+    """Put text on stdout at once. Where its reader has left, the command ends there, as done.
+
+    Raises OutputError where it cannot be written.
+    """
     if sys.stdout is None:  # closed by whoever started us
         return
     try:
@@ -37,7 +40,7 @@ def write(text: str) -> None:
         silence(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise click.exceptions.Exit(0) from None
-        raise MiniMacError(f"the result could not be written to stdout: {error.strerror}") from None
+        raise OutputError(f"the result could not be written to stdout: {error.strerror}") from None
 
 
 def show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -53,7 +56,12 @@ def show_version(context: click.Context, parameter: click.Parameter, wanted: boo
 
 
 def harmless(text: str) -> str:
-    """The text with its line ends, without what a terminal would obey: a model can write escape sequences too."""
+    """The text with its line ends, without what a terminal would obey: a model can write escape sequences too.
+
+    Of the two characters that end a line on Windows the first is left out, also where the second comes in another
+    piece: alone it would have what follows written over the line.
+    """
+    text = re.sub("\r(?=\n|$)", "", text)
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text)
 
 

@@ -15,13 +15,14 @@ import click
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from mlx_impl import files
 from mlx_impl.chat import COMMANDS, Chat
 from mlx_impl.console import silence
-from mlx_impl.errors import InputError, MiniMacError, printable
+from mlx_impl.errors import InputError, MiniMacError, legible
 from mlx_impl.shell import harmless, write
 
 PROMPT = "> "
@@ -67,7 +68,7 @@ class Terminal:
 
     def result(self, record: dict[str, Any], text: str) -> None:
         """What a command did."""
-        lines = "\n".join(printable(line) for line in text.split("\n"))
+        lines = "\n".join(legible(line) for line in text.split("\n"))
         write(f"{json.dumps(record, allow_nan=False) if self.as_json else lines}\n")
 
     def failed(self, text: str) -> None:
@@ -81,7 +82,7 @@ class Terminal:
         if sys.stderr is None:
             return
         try:
-            click.echo(_dim(printable(text), sys.stderr), err=True)
+            click.echo(_dim(legible(text), sys.stderr), err=True)
         except OSError:  # who reads stderr may leave
             silence(sys.stderr)
 
@@ -90,7 +91,7 @@ class Terminal:
         if sys.stdin is None or not sys.stdin.isatty():
             raise InputError("this asks before it goes on, and there is no terminal to ask on; use the command line")
         try:
-            return click.confirm(printable(question), err=True)
+            return click.confirm(legible(question), err=True)
         except click.Abort:
             return False
 
@@ -109,13 +110,13 @@ def converse(chat: Chat, screen: Terminal) -> None:
 
 
 def _piped() -> Iterator[str]:
-    """Lines of stdin; one that ends with a backslash goes on in the next."""
+    """Lines of stdin, without a byte order mark; one that ends with a backslash goes on in the next."""
     if sys.stdin is None:
         raise InputError("stdin is closed: there is nothing to read")
     kept = ""
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
-            line = raw.decode("utf-8").rstrip("\r\n")
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InputError(f"stdin, line {number}: not UTF-8 at byte {error.start:,}; convert it first") from None
         if line.endswith("\\"):
@@ -162,10 +163,13 @@ def _history() -> tuple[Path | None, History]:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends, unless the line ends with a backslash; Alt-Enter goes on in the next line."""
+    """Enter sends, unless the line ends with a backslash; Alt-Enter goes on in the next line.
+
+    In a search of the history (Ctrl-R) both stay prompt_toolkit's, which takes over what was found.
+    """
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.current_line_before_cursor.endswith("\\"):
@@ -174,7 +178,7 @@ def _keys() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 

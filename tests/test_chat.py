@@ -19,7 +19,7 @@ from terminal import TEXT, isolate, run, start, write_model
 from mlx_impl import terminal
 from mlx_impl.chat import COMMANDS, Chat
 from mlx_impl.config import Budget
-from mlx_impl.errors import DamagedFileError, InputError
+from mlx_impl.errors import DamagedFileError, InputError, OutputError
 from mlx_impl.generate import Sampling, complete
 from mlx_impl.learner import ContinualLearner
 from mlx_impl.shell import harmless
@@ -189,6 +189,7 @@ def test_an_interruption_keeps_what_was_said_and_the_next_answer_is_right(learne
     talk = chat(with_template(learner), screen)
     first = talk.say("What is a name?")
     assert (first.finish, first.text) == ("interrupted", "".join(pieces[:2]))
+    assert first.tokens == len(learner.tokenizer.encode(first.text)) > 0
     assert talk.turns[-1] == {"role": "assistant", "content": first.text}
     second = talk.say("Why?")
     said = [*talk.turns[:2], {"role": "user", "content": "Why?"}]
@@ -283,13 +284,33 @@ def test_two_files_at_once_are_not_taken_for_a_text(
     assert learner.store.domains() == []
 
 
+def test_what_a_folder_has_beside_texts_is_named(learner: ContinualLearner, screen: Recording, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("The key lies under the pot.")
+    (tmp_path / "notes" / "b.txt").write_bytes(b"\0\1\2")
+    chat(learner, screen).handle(f"/learn {tmp_path / 'notes'}")
+    assert learner.store.domains() == ["main"]
+    assert len(screen.notes) == 1
+    assert "b.txt" in screen.notes[0]
+
+
+def test_where_nobody_can_be_told_the_program_ends(learner: ContinualLearner, screen: Recording) -> None:
+    def full(record: dict[str, Any]) -> None:
+        raise OutputError("the result could not be written to stdout")
+
+    screen.end = full  # type: ignore[method-assign]
+    with pytest.raises(OutputError):
+        chat(learner, screen).handle("the cat")
+
+
 def test_no_means_no(learner: ContinualLearner) -> None:
     learner.learn_from_text("The key lies under the pot.")
     screen = Recording(yes=False)
     talk = chat(learner, screen)
     talk.handle("/undo")
     talk.handle("/forget main")
-    assert screen.notes == ["nothing was undone", "nothing was erased"]
+    assert screen.texts == ["nothing was undone", "nothing was erased"]
+    assert screen.records == [{"command": c, "domain": "main", "declined": True} for c in ("undo", "forget")]
     assert learner.store.domains() == ["main"]
 
 
@@ -363,6 +384,15 @@ def test_what_a_terminal_would_obey_is_made_harmless() -> None:
     assert harmless(written) == f"a\ufffd]0;title\ufffd\ufffd\ufffd2J\ufffdb\n\tc {scientist} é"
 
 
+def test_line_ends_of_windows_are_line_ends() -> None:
+    assert harmless("one\r\ntwo\r") + harmless("\nthree\rfour") == "one\ntwo\nthree\ufffdfour"
+
+
+def test_labels_are_shown_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.Terminal().result({}, "learned Shot 10.30\u202fAM.txt \U0001f469\u200d\U0001f52c\x1b[2J")
+    assert capsys.readouterr().out == "learned Shot 10.30\u202fAM.txt \U0001f469\u200d\U0001f52c\ufffd[2J\n"
+
+
 def test_a_terminal_is_spared_also_where_lines_come_from_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,6 +427,8 @@ def test_piped_lines_are_answered_one_by_one(tmp_path: Path) -> None:
     assert [record.get("prompt") for record in records] == ["the cat", None, "the \nmat"]
     assert records[0].keys() == {"prompt", "text", "domain", "tokens", "finish"}
     assert (done.code, done.err, done.out.isascii()) == (0, "", True)
+    done = run("chat", *options, "--json", stdin=b"\xef\xbb\xbf/domain\n")
+    assert json.loads(done.out)["command"] == "domain"
     done = run("chat", *options, "--json", stdin=b"/undo\nthe cat\n/nonsense\n")
     records = [json.loads(line) for line in done.out.splitlines()]
     assert [sorted(record.keys() & {"error", "text"}) for record in records] == [["error"], ["text"], ["error"]]
@@ -511,6 +543,27 @@ def test_several_lines_and_no_colour(tmp_path: Path) -> None:
         pseudo.process.wait()
     assert b"\x1b[2m" not in pseudo.seen
     assert "+one\n+two\n+three\n" in (tmp_path / "home" / "chat_history").read_text()
+
+
+def test_what_a_search_found_is_taken_over_and_sent(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    pseudo = Pseudo("-m", model, "--max-tokens", "3", "--temperature", "0", NO_COLOR="1")
+    try:
+        at = pseudo.until(READY)
+        pseudo.type(b"the cat\r")
+        at = pseudo.until(READY, pseudo.until(b"[none] ", at))
+        pseudo.type(b"\x12cat")  # Ctrl-R
+        at = pseudo.until(b"I-search backward", at)
+        time.sleep(0.2)
+        pseudo.type(b"\r")
+        time.sleep(0.2)
+        pseudo.type(b"\r")
+        at = pseudo.until(READY, pseudo.until(b"[none] ", at))
+        pseudo.type(b"\x04")
+        assert pseudo.close() == 0, pseudo.seen
+    finally:
+        pseudo.process.kill()
+        pseudo.process.wait()
 
 
 def test_tab_knows_commands_files_and_domains(

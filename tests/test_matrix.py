@@ -77,6 +77,14 @@ def test_columns_that_do_not_count_stay_out_of_the_whole() -> None:
 def test_transfer_is_higher_where_it_is_better() -> None:
     assert MATRIX.backward_transfer == pytest.approx((LOG(4 / 5) + LOG(4 / 6)) / 2)  # forgetting: below 0
     assert MATRIX.forward_transfer == pytest.approx((LOG(8 / 7) + LOG(8 / 16)) / 2)
+    for fresh, expected in (([False, True, False], LOG(8 / 7)), ([True, False, True], LOG(8 / 16))):
+        assert replace(MATRIX, fresh=fresh).forward_transfer == pytest.approx(
+            expected
+        )  # the first lesson is in neither
+    assert replace(MATRIX, fresh=[True, False, False]).forward_transfer is None
+    assert replace(MATRIX, fresh=[False, True, True]).after(2).fresh == [False, True]
+    with pytest.raises(InputError, match="2 lessons are fresh or are not, there are 3"):
+        replace(MATRIX, fresh=[True, True])
 
 
 def test_plasticity_is_the_gain_over_that_of_the_text_alone() -> None:

@@ -3,6 +3,7 @@
 And answers to prompts, which `eval --answers` counts.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -34,10 +35,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("base"), tiny_tokenizer())
 
 
-def teach(learner: ContinualLearner, number: int, domain: str = "main", characters: int = 6000) -> None:
+FEW = Budget(steps=4)
+
+
+def teach(
+    learner: ContinualLearner, number: int, domain: str = "main", characters: int = 6000, budget: Budget = FEW
+) -> None:
     paragraphs = text(number, characters).split("\n\n")
     documents = [text_document(part, f"{number}.{i}") for i, part in enumerate(paragraphs)]
-    learner.learn(documents, domain, f"text {number}", Budget(steps=4))
+    learner.learn(documents, domain, f"text {number}", budget)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +206,34 @@ def test_a_store_without_lessons_or_without_the_domain_says_so(base: Path, store
         report.report(opened(base, store), tokens=0)
 
 
+def test_an_interval_does_not_take_luck_for_forgetting() -> None:
+    """Twenty stages that differ by noise alone: about the best of them nobody may be sure in three of four cases."""
+    above = 0
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        counts = random.integers(20, 120, 8).astype(float)
+        found = report._interval([counts * (3 + random.normal(0, 0.02, 8)) for _ in range(20)], counts)
+        assert found is not None
+        above += found.low > 0
+    assert above < 60 / 2  # 31 % with the best stage of the whole text, 72 % with that of each resample
+
+
+def test_text_that_an_earlier_lesson_taught_is_no_transfer(base: Path, tmp_path: Path) -> None:
+    learner = opened(base, tmp_path / "store")
+    held = learner.config.holdout
+    learner.config = dataclasses.replace(learner.config, holdout=0.0)
+    teach(learner, 1, budget=Budget(seconds=600))
+    learner.config = dataclasses.replace(learner.config, holdout=held)
+    teach(learner, 1)
+    teach(learner, 3)
+    record = report.report(learner, tokens=64)
+    (domain,) = record["domains"]
+    assert [lesson["known_percent"] >= 5 for lesson in domain["lessons"]] == [False, True, False]
+    losses = domain["matrix"]["losses"]
+    assert domain["matrix"]["forward_transfer"] == pytest.approx(losses[0][2] - losses[2][2])
+    assert "of v0002's held-out text was taught by an earlier lesson" in results.report_text(record)
+
+
 # -- text, files, command --------------------------------------------------------------------------------------------
 
 
@@ -214,6 +248,7 @@ def made_up(lessons: int, source: str = "a file") -> dict[str, Any]:
         "documents": 7,
         "ppl_forget_interval": interval,
         "taught_percent": 12.3,
+        "known_percent": 0.0,
     }
     style = {"tokens": 64, "distinct_1": 0.5, "distinct_2": 0.9, "repetition_4": 0.1, "longest_loop": 3}
     return {
@@ -275,6 +310,14 @@ def test_no_folder_is_made_for_a_domain_that_is_not_there(base: Path, store: Pat
     done = run("report", "nope", "-m", base, "--store", store, "--out", tmp_path / "figures")
     assert (done.code, "no domain called 'nope'" in done.err) == (2, True)
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_fails_before_anything_is_measured(
+    base: Path, store: Path, tmp_path: Path
+) -> None:
+    done = run("report", "-m", base, "--store", store, "--out", "/proc")
+    assert (done.code, done.out) == (2, "")
+    assert "measurements" not in done.err
 
 
 def test_where_nothing_was_held_out_there_is_no_plot(base: Path, tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def documents_from(
 
 
 def read_stdin() -> str:
-    """All of stdin as text."""
+    """All of stdin as text, without a byte order mark."""
     if sys.stdin is None:
         raise InputError("stdin is closed: there is nothing to read")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"stdin: not UTF-8 at byte {error.start:,}; convert it to UTF-8 first") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -77,11 +78,12 @@ def report(
     with Reporter(quiet) as reporter:
         learner = ContinualLearner.from_checkpoint(model_directory(model), store=store)
         domains = tuple(reports.named(learner.store, domains))
-        out.mkdir(parents=True, exist_ok=True)  # fails before anything is measured
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # what cannot be written to fails before anything is measured
+            pass
         record = reports.report(learner, domains, tokens, reporter)
-        paths = reports.write(record, out)
-        reporter.say(f"written: {', '.join(map(str, paths))}")
     emit(as_json, record, report_text(record))
+    Reporter(quiet).say(f"written: {', '.join(map(str, reports.write(record, out)))}")
 
 
 @command("undo")

@@ -156,8 +156,9 @@ def chat(
 ) -> None:
     """Talk with the model: /learn teaches it on the way, /help shows what else there is.
 
-    Enter sends, Alt-Enter goes on in the next line, Ctrl-C stops an answer, Ctrl-D leaves. Where stdin is no terminal,
-    each of its lines is answered; with --json by one object a line, {"error": ...} where nothing came of it.
+    Enter sends, Alt-Enter or a backslash before it goes on in the next line, Ctrl-C stops an answer, Ctrl-D leaves.
+    Where stdin is no terminal, each of its lines that is not blank is answered, one with a backslash at its end
+    together with the next; with --json by one object, {"error": ...} where nothing came of it.
 
     \b
     Examples:
