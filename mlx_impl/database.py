@@ -151,7 +151,7 @@ class Database:
         checked at the end. Raises what `connected` does; the file is then as before.
         """
         with self.connected() as db, contextlib.closing(sqlite3.connect(":memory:")) as copy:
-            db.backup(copy)
+            db.backup(copy, progress=_patience())
             copy.execute("PRAGMA foreign_keys = ON")
             copy.execute("BEGIN")
             copy.execute("PRAGMA defer_foreign_keys = ON")
