@@ -46,7 +46,9 @@ def load_fast_blas() -> str | None:
     for candidate in [wanted] if wanted else _candidates():
         try:
             ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
+        except OSError as error:
+            if wanted:
+                print(f"MINIMAC_BLAS is {wanted!r}, which cannot be loaded: {error}", file=sys.stderr)
             continue
         _loaded = candidate
         break

@@ -234,7 +234,7 @@ class Chat:
         with Reporter(self.quiet) as reporter:
             lesson = self.learner.learn(documents, domain, legible(label), Budget(), reporter)
         record = lesson.as_json()
-        self.screen.result({"command": "learn", **record}, lesson_text(record))
+        self.screen.result({"command": "learn", **record}, lesson_text(record, ""))
 
     def _taught(self) -> str:
         """The domain that lessons go into: the one that was chosen by name, else main."""

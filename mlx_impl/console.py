@@ -5,6 +5,7 @@ Results go to stdout (`results` puts them into words) and are the command's busi
 draws, rich.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mlx_impl.errors import legible
-from mlx_impl.results import duration
+from mlx_impl.results import duration, size
 
 Event = dict[str, Any]
 SECONDS_BETWEEN_LINES = 1.0
@@ -68,6 +69,14 @@ class Reporter:
     def say(self, text: str) -> None:
         """Show a line of text."""
         self({"event": "note", "text": legible(text)})
+
+    def warn(self, text: str) -> None:
+        """Show a line of text that --quiet does not silence: what was asked for was not all done."""
+        if self.quiet and sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(legible(text), file=sys.stderr, flush=True)
+        else:
+            self.say(text)
 
     def _as_line(self, event: Event) -> None:
         if event["event"] == "note":
@@ -143,7 +152,7 @@ class _Live:
 
     def _begin(self, event: Event) -> None:
         held = f", {event['heldout']:,} held out" if event["heldout"] else ""
-        memory = f"; predicted: {event['predicted_memory'] / 1e9:.1f} GB" if event.get("predicted_memory") else ""
+        memory = f"; memory: about {size(event['predicted_memory'])}" if event.get("predicted_memory") else ""
         self._line(f"{event['tokens']:,} tokens to learn{held}{memory}")
 
     def _measured(self, event: Event) -> None:

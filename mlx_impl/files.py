@@ -119,8 +119,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     name = f"{uuid.uuid4().hex[:8]}-{target.name}"
     temporary, aside = target.with_name(TEMPORARY + name), target.with_name(REPLACED + name)
-    temporary.mkdir(mode=0o700)
     try:
+        temporary.mkdir(mode=0o700)
         with _at_work(temporary):
             yield temporary
             for path in sorted(temporary.rglob("*")):
@@ -131,7 +131,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.rename(temporary, target)
             fsync(target.parent)
     except OSError as error:
-        error.filename = error.filename or str(target)  # a write that fails does not say where
+        if error.filename is None or str(error.filename).startswith(str(temporary)):  # nobody asked for that name
+            error.filename = str(target)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -29,6 +29,12 @@ def default_model(home: Path | None = None) -> Path:
     return model
 
 
+def pulled(name: str) -> Path | None:
+    """The directory of the model that was pulled under this name, None where there is none."""
+    folder = files.home_path() / "models" / name
+    return folder if Path(name).name == name and folder.is_dir() else None
+
+
 def set_default(model: Path, home: Path | None = None) -> None:
     """Make `model` what commands use from now on."""
     files.write_text((home or files.home()) / "default", f"{model.resolve()}\n")

@@ -66,6 +66,7 @@ class Lesson:
 
     `tokens` are those to train on, of a sample where the text was too long for the time; it is `complete` without one.
     `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them;
+    `not_measured` counts those that have a held-out part and for which it did not.
     `repeated` are the numbers of those whose text it taught again, `taught_percent` the share of its held-out part that
     they taught.
     """
@@ -89,6 +90,7 @@ class Lesson:
     kept: list[dict[str, Any]] = field(default_factory=list)
     repeated: list[int] = field(default_factory=list)
     taught_percent: float = 0.0
+    not_measured: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """What `learn --json` prints."""
@@ -132,6 +134,8 @@ class Teacher:
         note = lambda text: report({"event": "note", "text": text})  # noqa: E731
         taken = self._affordable(documents, budget, report)
         train, heldout = self._split(taken)
+        if heldout is None and self.config.holdout not in (0, ContinualLearningConfig.holdout):
+            note(f"--holdout takes nothing from a text of less than {HELD_OUT_FROM:,} tokens")
         probe = heldout if heldout is not None else train
         history = self.store.history(domain)
         parent = history[-1] if history else None
@@ -199,6 +203,7 @@ class Teacher:
             kept=[self._kept(version, taught, *pair) for version, pair in zip(earlier, rest, strict=False)],
             repeated=past.repeated,
             taught_percent=100 * past.known,
+            not_measured=sum("heldout" in version.figures for version in history) - len(rest),
         )
 
         def write(folder: Path) -> None:

@@ -12,6 +12,9 @@ from mlx_impl.ngrams import TOLD
 
 Record = dict[str, Any]
 
+NEARLY_ALL = 0.98
+"""Share of a text's tokens from which on it is said to have been learned, and not a part of it."""
+
 LESSONS_ACROSS = 8
 """Lessons whose losses after every stage fit into 80 columns."""
 
@@ -30,10 +33,11 @@ def count(number: int, what: str) -> str:
 
 
 def size(bytes: int) -> str:
-    """340 bytes, 12.3 kB, 4.5 MB."""
+    """340 bytes, 12.3 kB, 4.5 MB, 1.2 GB."""
     if bytes < 1000:
         return count(bytes, "byte")
-    return f"{bytes / 1e3:,.1f} kB" if bytes < 1e6 else f"{bytes / 1e6:,.1f} MB"
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if bytes >= unit)
+    return f"{bytes / unit:,.1f} {name}"
 
 
 def context_text(prompt: int, new: int, context: int) -> str:
@@ -44,18 +48,21 @@ def context_text(prompt: int, new: int, context: int) -> str:
     )
 
 
-def lesson_text(lesson: Record) -> str:
-    """What a lesson did."""
+def lesson_text(lesson: Record, more: str = ", --seconds gives it more") -> str:
+    """What a lesson did; `more` is how it can be given more time."""
     held = lesson.get("heldout")
     figures = held or lesson["fit"]
     where = f"{'held-out text' if held else 'the text itself, no part held out'} ({figures['tokens']:,} tokens)"
     replayed = (
         f", {lesson['replayed_tokens']:,} tokens of earlier lessons replayed" if lesson["replayed_tokens"] else ""
     )
-    share = "" if lesson["complete"] else "; the time was up before the end of the text, --seconds gives it more"
+    seen, there = lesson["trained_tokens"], lesson["tokens"] - 1
+    part = f"{100 * seen / there:.0f} % of " if seen < NEARLY_ALL * there else ""
+    left = "the end of the text" if part else "all of its passes over the text"
+    cut = "" if lesson["complete"] else f"; the time was up before {left}{more}"
     lines = [
-        f"{lesson['domain']} {lesson['version']}: learned {lesson['source']} in {duration(lesson['seconds'])}, "
-        f"{lesson['steps']} steps of {count(lesson['batch_size'], 'window')}{replayed}{share}",
+        f"{lesson['domain']} {lesson['version']}: learned {part}{lesson['source']} in {duration(lesson['seconds'])}, "
+        f"{count(lesson['steps'], 'step')} of {count(lesson['batch_size'], 'window')}{replayed}{cut}",
         f"loss on {where}: {figures['before']:.3f} -> {figures['after']:.3f} nats per token"
         f"{_taught(figures, 'an earlier lesson')}",
     ]
@@ -65,6 +72,9 @@ def lesson_text(lesson: Record) -> str:
         f"{_taught(earlier, 'this lesson')}"
         for earlier in lesson["kept"]
     ]
+    if lesson["not_measured"]:
+        others = count(lesson["not_measured"], "other earlier lesson" if lesson["kept"] else "earlier lesson")
+        lines.append(f"{others} not measured, for want of time: `minimac-mlx report {lesson['domain']}` measures all")
     if "probe" in lesson:
         lines += [f"{when}: {legible(' '.join(lesson['probe'][when].split()))}" for when in ("before", "after")]
     return "\n".join(lines)
@@ -151,6 +161,8 @@ def _domain_report(record: Record, tokens: int) -> str:
     for what in ("mean", "worst") if forgotten["mean"] is not None else ():
         shares = [_figure(each[what], "+.1f", " %") for each in (forgotten, lost)]
         lines.append(f"{what:<52}{shares[0]:>12}{shares[1]:>12}")
+    if forgotten["mean"] is not None:
+        lines += textwrap.wrap("(forgotten: perplexity above the text's best so far; gain lost: since its lesson)", 80)
     if 2 < len(lessons) <= LESSONS_ACROSS:
         lines += ["", "".join(f"{name:>8}" for name in ("after", *(lesson["version"] for lesson in lessons)))]
         for name, row in zip(("base", *matrix["names"]), losses, strict=True):
@@ -183,9 +195,9 @@ def _domain_notes(record: Record) -> list[str]:
     if record["generated"] is not None:
         base, own = record["generated"]["base"], record["generated"]["domain"]
         lines.append(
-            f"of the tokens it generates {own['distinct_1']:.0%} differ (base {base['distinct_1']:.0%}), "
-            f"{own['repetition_4']:.0%} of 4-grams repeat ({base['repetition_4']:.0%}), "
-            f"longest loop {own['longest_loop']} ({base['longest_loop']})"
+            f"{own['distinct_1']:.0%} of the tokens it generates are different ones (base {base['distinct_1']:.0%}), "
+            f"{own['repetition_4']:.0%} of its 4-grams stood there before ({base['repetition_4']:.0%}), "
+            f"longest loop {count(own['longest_loop'], 'token')} ({base['longest_loop']})"
         )
     lines += [
         f"{lesson['taught_percent']:.0f} % of {lesson['version']}'s held-out text was taught by a later lesson: "
@@ -201,7 +213,10 @@ def _domain_notes(record: Record) -> list[str]:
     ]
     unmeasured = [lesson["version"] for lesson in record["lessons"] if not lesson["measured_tokens"]]
     if unmeasured:
-        lines.append(f"nothing was held out of {', '.join(unmeasured)}: not measured")
+        lines.append(
+            f"nothing was held out of {', '.join(unmeasured)}: not measured (a tenth is of texts of 2,000 tokens or "
+            "more; `minimac-mlx log` says how well shorter ones are known)"
+        )
     holes = [f"{hole['lesson']} at stage {hole['stage']}" for hole in matrix["missing"]]
     damaged = [hole for hole in holes if hole.split()[0] not in unmeasured]
     if damaged:
@@ -216,10 +231,10 @@ def _figure(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def domains_text(records: list[Record]) -> str:
-    """One line a domain."""
+def domains_text(records: list[Record], where: str) -> str:
+    """One line a domain of those that lie in `where`."""
     if not records:
-        return "nothing learned yet; teach it with `minimac-mlx learn`"
+        return f"nothing learned yet in {legible(where)}; teach it with `minimac-mlx learn`"
     lines = []
     for r in records:
         lessons = count(r["lessons"], "lesson")
@@ -227,6 +242,13 @@ def domains_text(records: list[Record]) -> str:
             f"{r['domain']:<16} {r['version']}  {lessons:<11} {r['created'][:10]}  {_change(r)}  {r['source']}"
         )
     return "\n".join(lines)
+
+
+def _tokens(lesson: Record) -> str:
+    """The tokens of a lesson's text, and how many of them it came to."""
+    seen, there = lesson["trained_tokens"], lesson["tokens"]
+    of = f"{seen:,} of " if seen < NEARLY_ALL * (there - 1) else ""
+    return f"{of}{count(there, 'token')}"
 
 
 def _change(version: Record) -> str:
@@ -241,11 +263,12 @@ def log_text(domain: str, lessons: list[Record], pruned: int) -> str:
     """The lessons of a domain, newest first; `pruned` counts the older ones that are gone."""
     lines = []
     for r in lessons:
-        taught = "" if "imported" in r else f"{r['tokens']:,} tokens, {r['steps']:,} steps, {duration(r['seconds'])}  "
+        taught = "" if "imported" in r else f"{_tokens(r)}, {count(r['steps'], 'step')}, {duration(r['seconds'])}  "
         lines.append(f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {taught}{_change(r)}  {r['source']}")
         kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %{_taught(k, r['version'])}" for k in r.get("kept", [])]
         if kept:
-            lines.append(f"       perplexity of earlier lessons, by this one: {', '.join(kept)}")
+            others = f"; {left} not measured" if (left := r.get("not_measured", 0)) else ""
+            lines.append(f"       perplexity of earlier lessons, by this one: {', '.join(kept)}{others}")
     if pruned:
         lines.append(f"{count(pruned, 'older lesson')} of {domain} pruned")
     return "\n".join(lines)

@@ -108,8 +108,8 @@ def run(group: click.Group, name: str, arguments: list[str] | None) -> NoReturn:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _tell("interrupted")
+    except (KeyboardInterrupt, click.Abort) as interrupt:
+        _tell(f"interrupted; {interrupt}" if str(interrupt) else "interrupted")
         code = 130
     except Exception as error:
         if "--debug" in arguments:

@@ -144,6 +144,17 @@ class Store:
         found = self._select("(domain, number) IN (SELECT domain, number FROM heads WHERE domain = ?)", domain)
         return found[0] if found else None
 
+    def latest(self) -> str:
+        """The domain that learned last; InputError where nothing was learned."""
+        order = "ORDER BY created DESC, versions.rowid DESC LIMIT 1"
+        row = None
+        if self.database.exists():
+            with self.database.connected() as db:
+                row = db.execute(f"SELECT domain FROM versions JOIN heads USING (domain, number) {order}").fetchone()
+        if row is None:
+            raise InputError("nothing learned yet; teach it with `minimac-mlx learn`")
+        return str(row[0])
+
     def require(self, domain: str) -> Version:
         """The current version of a domain; InputError naming the domains there are if it has none."""
         head = self.head(domain)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import shutil
 from pathlib import Path
 from pydoc_data import topics
 
@@ -199,7 +200,8 @@ def test_lessons_elsewhere(tmp_path: Path, model: Path) -> None:
 
 
 def test_list_and_undo(model: Path) -> None:
-    assert run("list", "-m", model).out == "nothing learned yet; teach it with `minimac-mlx learn`\n"
+    there = f"nothing learned yet in {model / 'learner'}; teach it with `minimac-mlx learn`\n"
+    assert run("list", "-m", model).out == there
     bare = as_json("generate", "-m", model, "the key", "--max-tokens", "6", "--temperature", "0")
     for domain in ("main", "main", "main", "law"):
         learned(model, "--domain", domain)
@@ -208,15 +210,49 @@ def test_list_and_undo(model: Path) -> None:
     lines = run("list", "-m", model).out.splitlines()
     assert [line.split()[:2] for line in lines] == [["law", "v0001"], ["main", "v0003"]]
     back = {"domain": "main", "undone": ["v0003"], "erased": [], "version": "v0002"}
-    assert as_json("undo", "-m", model) == back
+    assert as_json("undo", "-m", model, "main") == back
     assert run("undo", "-m", model, "main", "--to", "v0003").out == "main is at v0003 again\n"
     assert run("undo", "-m", model, "main", "--to", "v0001").out == "undone v0003, v0002; main is at v0001\n"
-    assert run("undo", "-m", model).out == (
+    assert run("undo", "-m", model, "main").out == (
         "undone v0001; main has no other lesson and is removed, with v0002, v0003, which had been undone before\n"
     )
     assert [r["domain"] for r in as_json("list", "-m", model)["domains"]] == ["law"]
     again = as_json("generate", "-m", model, "the key", "--max-tokens", "6", "--temperature", "0", "--domain", "none")
     assert (again["text"], again["domain"]) == (bare["text"], None)
+
+
+def test_undo_takes_back_what_was_learned_last(model: Path) -> None:
+    assert run("undo", "-m", model).err == "error: nothing learned yet; teach it with `minimac-mlx learn`\n"
+    for domain in ("main", "law", "main", "law"):
+        learned(model, "--domain", domain)
+    assert [as_json("undo", "-m", model)["domain"] for _ in range(4)] == ["law", "main", "law", "main"]
+    assert as_json("list", "-m", model) == {"domains": []}
+
+
+def test_how_much_was_learned_and_measured_is_told(model: Path, text: Path) -> None:
+    for _ in range(3):
+        last = run("learn", "-m", model, text, "--steps", "1")
+    assert last.code == 0
+    record = as_json("log", "-m", model)["lessons"][0]
+    assert record["not_measured"] == 2 - len(record["kept"]) > 0
+    seen, there = record["trained_tokens"], record["tokens"]
+    first, *rest = last.out.splitlines()
+    assert first.startswith(f"main v0003: learned {100 * seen / (there - 1):.0f} % of reference.txt in ")
+    assert "1 step of 1 window" in first
+    assert rest[-1].endswith(" not measured, for want of time: `minimac-mlx report main` measures all")
+    line = run("log", "-m", model).out.splitlines()[0]
+    assert f"{seen:,} of {there:,} tokens, 1 step, " in line
+
+
+def test_a_model_may_be_named_by_what_it_was_pulled_as(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned(model)
+    monkeypatch.setenv("MINIMAC_HOME", str(tmp_path / "home"))
+    shutil.copytree(model, tmp_path / "home" / "models" / "mine")
+    assert as_json("list", "-m", "mine") == as_json("list", "-m", model)
+    for name in ("yours", "../models/mine", "."):
+        assert run("generate", "x", "-m", name).code == 2
 
 
 # -- log, forget, prune, verify ----------------------------------------------------------------------------------

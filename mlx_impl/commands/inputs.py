@@ -47,7 +47,7 @@ def documents_from(
     skipped = readers.PassedOver()
     documents = list(readers.read_documents(paths, skipped))
     if skipped.files:
-        reporter.say(str(skipped))
+        reporter.warn(str(skipped))
     label = os.path.basename(os.path.abspath(paths[0])) or str(paths[0])
     return documents, label if len(paths) == 1 else f"{label} and {len(paths) - 1} more"
 

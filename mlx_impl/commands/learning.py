@@ -104,7 +104,10 @@ def learn(
             like_base, _ = documents_from((Path(base_data),), reporter)
         known = domain if domain in learner.store.domains() else "none"
         before = learner.answer(probe, known) if probe is not None else None
-        lesson = learner.learn(documents, domain, legible(source or label), budget, reporter, importance, like_base)
+        try:
+            lesson = learner.learn(documents, domain, legible(source or label), budget, reporter, importance, like_base)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was kept") from None
         record = lesson.as_json()
         if probe is not None:
             try:

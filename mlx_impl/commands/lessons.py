@@ -25,8 +25,9 @@ def list_domains(model: Path | None, store: Path | None, as_json: bool, quiet: b
     from mlx_impl.results import domains_text
     from mlx_impl.store import open_store
 
-    records = open_store(model_directory(model), store).overview()
-    emit(as_json, {"domains": records}, domains_text(records))
+    lessons = open_store(model_directory(model), store)
+    records = lessons.overview()
+    emit(as_json, {"domains": records}, domains_text(records, str(lessons.folder)))
 
 
 @command("log")
@@ -87,11 +88,13 @@ def report(
 
 
 @command("undo")
-@click.argument("domain", default="main")
+@click.argument("domain", required=False)
 @click.option("--to", metavar="VERSION", help="go to this version, like v0002")
 @common()
-def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as_json: bool, quiet: bool) -> None:
-    """Take the last lesson of a domain back; of a first lesson, remove the domain.
+def undo(
+    domain: str | None, to: str | None, model: Path | None, store: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Take the last lesson of a domain back, by default of the one that learned last; of a first one, remove it.
 
     \b
     Examples:
@@ -104,6 +107,7 @@ def undo(domain: str, to: str | None, model: Path | None, store: Path | None, as
     lessons = open_store(model_directory(model), store)
     number = version_number(to) if to is not None else None
     with lessons.writing():
+        domain = domain or lessons.latest()
         before, there = lessons.history(domain), lessons.versions(domain)
         lessons.undo(domain, number)
         record = undo_record(domain, before, lessons.history(domain), there)

@@ -1,5 +1,6 @@
 """What commands are declared with: `command` itself, and the options and arguments that several of them have."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,21 @@ def setting(cls: type, name: str, flag: str | None = None, kind: Any = None) -> 
     )
 
 
+class _Model(click.Path):
+    """A model directory, or the name of one that was pulled."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path: what lies at it comes first."""
+        if isinstance(value, str) and not os.path.lexists(value):
+            from mlx_impl.hub import pulled
+
+            value = pulled(value) or value
+        return super().convert(value, param, ctx)
+
+
 def common(model: bool = True, store: bool = True) -> Callable:
     """The options that every command has: --json, --quiet, --debug, and --model and --store where it uses one."""
 
@@ -45,9 +61,8 @@ def common(model: bool = True, store: bool = True) -> Callable:
             click.option("--debug", is_flag=True, expose_value=False, help="a traceback when something fails"),
         ]
         if model:
-            existing = click.Path(exists=True, file_okay=False, path_type=Path)
-            shown = "model directory  [default: MINIMAC_MODEL, else the last one pulled]"
-            options.append(click.option("-m", "--model", type=existing, help=shown))
+            shown = "model directory, or the name of one that was pulled  [default: MINIMAC_MODEL, else the last one]"
+            options.append(click.option("-m", "--model", type=_Model(), help=shown))
         if model and store:
             shown = "where lessons are kept  [default: MODEL/learner]"
             options.append(click.option("--store", type=FOLDER, help=shown))
