@@ -155,6 +155,7 @@ def test_what_learn_reads_and_how_it_is_labelled(tmp_path: Path, model: Path) ->
     assert done.code == 0
     assert f"passed over {folder / 'b.bin'} (unknown extension '.bin')\n" in done.err
     assert "learned papers in" in done.out
+    assert run(*common, folder).err == f"passed over {folder / 'b.bin'} (unknown extension '.bin')\n"
     (folder / "torn.pdf").write_bytes(b"%PDF-1.4")
     told = run("learn", "-m", model, "--steps", "1", folder).err
     assert f"passed over {folder / 'torn.pdf'} (not a readable PDF" in told, "before what nobody expects to be read"
