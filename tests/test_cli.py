@@ -201,7 +201,7 @@ def test_a_terminal_sees_a_moving_line_and_gets_its_cursor_back(model: Path, tex
     os.close(ours)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert out.startswith(b"main v0001: learned 16 % of reference.txt in ")
+    assert re.match(rb"main v0001: learned 1\d % of reference\.txt in ", out)
     assert b"\x1b" not in out
     assert b"step 3/3" in seen
     assert b"tokens to learn" in seen

@@ -249,15 +249,15 @@ def test_what_was_learned_here_is_the_same_in_peft_and_mlx_lm(base: Path, tmp_pa
     learner.learn_from_text(lessons.text(0), budget=Budget(steps=12))
     learner.set_adapter("main")
     ours = np.array(learner.model(mx.array(TOKENS)))
-    prompt = lessons.text(1, 40)
-    written = learner.generate(prompt, max_length=16)
+    prompts = [lessons.text(number, 40) for number in range(1, 7)]
+    written = [learner.generate(prompt, max_length=16) for prompt in prompts]
     for to in ("peft", "mlx-lm"):
         exchange.export_adapter(learner.store, "main", base, tmp_path / to, to)
     model, tokenizer = load(str(base), adapter_path=str(tmp_path / "mlx-lm"))
     np.testing.assert_allclose(np.array(model(mx.array(TOKENS))), ours, atol=1e-4)
-    assert generate(model, tokenizer, prompt, max_tokens=16) == written
+    assert [generate(model, tokenizer, prompt, max_tokens=16) for prompt in prompts] == written
     learner.set_adapter(None)
-    assert learner.generate(prompt, max_length=16) != written
+    assert [learner.generate(prompt, max_length=16) for prompt in prompts] != written
     assert np.abs(np.array(learner.model(mx.array(TOKENS))) - ours).max() > 0.1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # under this transformers

