@@ -74,7 +74,9 @@ def lesson_text(lesson: Record, more: str = ", --seconds gives it more") -> str:
     ]
     if lesson["not_measured"]:
         others = count(lesson["not_measured"], "other earlier lesson" if lesson["kept"] else "earlier lesson")
-        lines.append(f"{others} not measured, for want of time: `minimac-mlx report {lesson['domain']}` measures all")
+        lines.append(
+            f"{others} not measured, to keep this one short: `minimac-mlx report {lesson['domain']}` measures all"
+        )
     if "probe" in lesson:
         lines += [f"{when}: {legible(' '.join(lesson['probe'][when].split()))}" for when in ("before", "after")]
     return "\n".join(lines)

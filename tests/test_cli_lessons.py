@@ -240,7 +240,7 @@ def test_how_much_was_learned_and_measured_is_told(model: Path, text: Path) -> N
     first, *rest = last.out.splitlines()
     assert first.startswith(f"main v0003: learned {100 * seen / (there - 1):.0f} % of reference.txt in ")
     assert "1 step of 1 window" in first
-    assert rest[-1].endswith(" not measured, for want of time: `minimac-mlx report main` measures all")
+    assert rest[-1].endswith(" not measured, to keep this one short: `minimac-mlx report main` measures all")
     line = run("log", "-m", model).out.splitlines()[0]
     assert f"{seen:,} of {there:,} tokens, 1 step, " in line
 
