@@ -219,6 +219,7 @@ def test_forgetting_figures_are_those_of_the_files() -> None:
     assert f"by default; in the mean | {between(ours['worst'])}; {between(ours['mean'])} |" in README
     assert f"there, of what it gains alone: worst, mean | {gained['worst']:.0f} %, {gained['mean']:.0f} % |" in README
     assert f"a tenth of replay there | {between(long['replay10+ewc']['ppl_forget_percent']['worst'])} |" in README
+    assert f"there: worst | {worst(long, 'full')}; {worst(long, 'ewc')}; {worst(long, 'replay')} |" in README
     naive = long["lora"]["ppl_forget_percent"]
     assert f"LoRA there: worst, mean | {worst(long, 'lora')}, {naive['mean']['value']:.1f} % |" in README
     results = " ".join((ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8").split())
