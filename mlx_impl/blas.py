@@ -48,7 +48,7 @@ def load_fast_blas() -> str | None:
             ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             if wanted:
-                print(f"MINIMAC_BLAS is {wanted!r}, which cannot be loaded: {error}", file=sys.stderr)
+                print(f"MINIMAC_BLAS is {wanted!r}, which cannot be loaded ({error}); unset it", file=sys.stderr)
             continue
         _loaded = candidate
         break

@@ -66,9 +66,9 @@ class Lesson:
 
     `tokens` are those to train on, of a sample where the text was too long for the time; it is `complete` without one.
     `kept` is what happened to the domain's earlier lessons, latest first, as far as the time sufficed to measure them;
-    `not_measured` counts those that have a held-out part and for which it did not.
-    `repeated` are the numbers of those whose text it taught again, `taught_percent` the share of its held-out part that
-    they taught.
+    `not_measured` counts those that have a held-out part and for which it did not. `seen_percent` is the part of the
+    text that the steps came to, once at least, whether or not its tokens count. `repeated` are the numbers of the
+    lessons whose text it taught again, `taught_percent` the share of its held-out part that they taught.
     """
 
     domain: str
@@ -91,6 +91,7 @@ class Lesson:
     repeated: list[int] = field(default_factory=list)
     taught_percent: float = 0.0
     not_measured: int = 0
+    seen_percent: float = 100.0
 
     def as_json(self) -> dict[str, Any]:
         """What `learn --json` prints."""
@@ -204,6 +205,7 @@ class Teacher:
             repeated=past.repeated,
             taught_percent=100 * past.known,
             not_measured=sum("heldout" in version.figures for version in history) - len(rest),
+            seen_percent=100 * session.seen * _size(taken) / _size(documents),
         )
 
         def write(folder: Path) -> None:
@@ -421,6 +423,11 @@ class Teacher:
             heldout=kept,
             replay=past.record(),
         )
+
+
+def _size(documents: list[Document]) -> int:
+    """Characters of documents."""
+    return sum(len(document.text) for document in documents)
 
 
 def check_finite(measured: Evaluation, what: str) -> None:

@@ -12,9 +12,6 @@ from mlx_impl.ngrams import TOLD
 
 Record = dict[str, Any]
 
-NEARLY_ALL = 0.98
-"""Share of a text's tokens from which on it is said to have been learned, and not a part of it."""
-
 LESSONS_ACROSS = 8
 """Lessons whose losses after every stage fit into 80 columns."""
 
@@ -56,8 +53,7 @@ def lesson_text(lesson: Record, more: str = ", --seconds gives it more") -> str:
     replayed = (
         f", {lesson['replayed_tokens']:,} tokens of earlier lessons replayed" if lesson["replayed_tokens"] else ""
     )
-    seen, there = lesson["trained_tokens"], lesson["tokens"] - 1
-    part = f"{100 * seen / there:.0f} % of " if seen < NEARLY_ALL * there else ""
+    part = f"{seen} of " if (seen := _seen(lesson)) else ""
     left = "the end of the text" if part else "all of its passes over the text"
     cut = "" if lesson["complete"] else f"; the time was up before {left}{more}"
     lines = [
@@ -246,11 +242,10 @@ def domains_text(records: list[Record], where: str) -> str:
     return "\n".join(lines)
 
 
-def _tokens(lesson: Record) -> str:
-    """The tokens of a lesson's text, and how many of them it came to."""
-    seen, there = lesson["trained_tokens"], lesson["tokens"]
-    of = f"{seen:,} of " if seen < NEARLY_ALL * (there - 1) else ""
-    return f"{of}{count(there, 'token')}"
+def _seen(lesson: Record) -> str:
+    """How much of a text a lesson came to, empty where that was all of it or, of an older one, nobody knows."""
+    seen = lesson.get("seen_percent", 100.0)
+    return f"{seen:.{0 if seen >= 1 else 1}f} %" if seen < 100 else ""
 
 
 def _change(version: Record) -> str:
@@ -265,7 +260,10 @@ def log_text(domain: str, lessons: list[Record], pruned: int) -> str:
     """The lessons of a domain, newest first; `pruned` counts the older ones that are gone."""
     lines = []
     for r in lessons:
-        taught = "" if "imported" in r else f"{_tokens(r)}, {count(r['steps'], 'step')}, {duration(r['seconds'])}  "
+        taught = ""
+        if "imported" not in r:
+            part = f" ({seen} of the text)" if (seen := _seen(r)) else ""
+            taught = f"{count(r['tokens'], 'token')}{part}, {count(r['steps'], 'step')}, {duration(r['seconds'])}  "
         lines.append(f"{r['version']}  {r['created'][:16].replace('T', ' ')}  {taught}{_change(r)}  {r['source']}")
         kept = [f"{k['version']} {k['ppl_forget_percent']:+.1f} %{_taught(k, r['version'])}" for k in r.get("kept", [])]
         if kept:

@@ -126,6 +126,11 @@ class Session:
         return tokens >= COMPILED and patient and can_compile()
 
     @property
+    def seen(self) -> float:
+        """Share of the text's windows that the steps came to."""
+        return 1 - self.unkept / len(self.batches.windows)
+
+    @property
     def complete(self) -> bool:
         """Whether all that was asked for was done, and not only what the time allowed."""
         return self.step >= self.planned

@@ -236,13 +236,23 @@ def test_how_much_was_learned_and_measured_is_told(model: Path, text: Path) -> N
     assert last.code == 0
     record = as_json("log", "-m", model)["lessons"][0]
     assert record["not_measured"] == 2 - len(record["kept"]) > 0
-    seen, there = record["trained_tokens"], record["tokens"]
+    seen = record["seen_percent"]
+    assert 0 < seen < 100
     first, *rest = last.out.splitlines()
-    assert first.startswith(f"main v0003: learned {100 * seen / (there - 1):.0f} % of reference.txt in ")
+    assert first.startswith(f"main v0003: learned {seen:.0f} % of reference.txt in ")
     assert "1 step of 1 window" in first
     assert rest[-1].endswith(" not measured, to keep this one short: `minimac-mlx report main` measures all")
     line = run("log", "-m", model).out.splitlines()[0]
-    assert f"{seen:,} of {there:,} tokens, 1 step, " in line
+    assert f"{record['tokens']:,} tokens ({seen:.0f} % of the text), 1 step, " in line
+
+
+def test_a_text_of_which_only_answers_count_was_learned_whole(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "qa.jsonl"
+    file.write_text(json.dumps({"prompt": "the cat sat on the mat " * 9, "completion": "the dog"}) + "\n")
+    record = as_json("learn", "-m", model, file, "--loss-on", "completion", "--epochs", "1", "--seconds", "600")
+    assert record["trained_tokens"] < record["tokens"] / 2
+    assert (record["seen_percent"], record["complete"]) == (100, True)
+    assert f"{record['tokens']:,} tokens, {record['steps']} steps, " in run("log", "-m", model).out
 
 
 def test_a_model_may_be_named_by_what_it_was_pulled_as(

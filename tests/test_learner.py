@@ -108,7 +108,7 @@ def test_the_figures_of_a_lesson(base: Path, tmp_path: Path) -> None:
     record = teach(base, tmp_path / "s", 1).as_json()
     assert set(record) == {
         "domain", "version", "source", "tokens", "steps", "seconds", "training_seconds", "replayed_tokens",
-        "trained_tokens", "not_measured",
+        "trained_tokens", "not_measured", "seen_percent",
         "trainable_parameters", "batch_size", "complete", "kept", "repeated", "fit", "tokens_per_second",
     }  # fmt: skip
     assert record["trained_tokens"] == 3 * 2 * 32

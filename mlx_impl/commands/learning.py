@@ -104,10 +104,12 @@ def learn(
             like_base, _ = documents_from((Path(base_data),), reporter)
         known = domain if domain in learner.store.domains() else "none"
         before = learner.answer(probe, known) if probe is not None else None
+        head = learner.store.head(domain)
         try:
             lesson = learner.learn(documents, domain, legible(source or label), budget, reporter, importance, like_base)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("nothing was kept") from None
+            kept = learner.store.head(domain) != head
+            raise KeyboardInterrupt("the lesson was kept already" if kept else "nothing was kept") from None
         record = lesson.as_json()
         if probe is not None:
             try:

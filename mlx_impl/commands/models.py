@@ -76,7 +76,7 @@ def tokenizer(
     texts = (document.text for document in read_documents(paths, skipped))
     trained = Tokenizer.train(texts, vocab_size, min_frequency, special_tokens)
     if skipped.files:
-        Reporter(quiet).say(str(skipped))
+        Reporter(quiet).warn(str(skipped))
     with atomic_folder(out) as folder:
         trained.save(folder)
     emit(
