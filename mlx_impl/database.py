@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.files import atomic_file
 
+DATABASE = "learner.sqlite"
 SCHEMA = 2
 TABLES = """
 CREATE TABLE base (sha256 TEXT NOT NULL, tokenizer TEXT NOT NULL);

@@ -18,7 +18,8 @@ from mlx_impl.config import ModelConfig
 from mlx_impl.errors import InputError, printable
 from mlx_impl.files import atomic_folder, read_json, write_json, write_text
 from mlx_impl.packing import read_quantization
-from mlx_impl.store import Store, Version, check_domain
+from mlx_impl.store import Store
+from mlx_impl.versions import Version, check_domain
 
 FORMATS = ("mlx-lm", "peft", "gguf", "original")
 CONFIG, MLX_LM, PEFT, GGUF, ORIGINAL = (

@@ -24,8 +24,9 @@ from mlx_impl.lesson import Adapter, Event, Lesson, Teacher, check_finite
 from mlx_impl.readers import Document, text_document
 from mlx_impl.reservoirs import check_importance
 from mlx_impl.router import DOCUMENT_PREFIX, Router, Routing
-from mlx_impl.store import Store, Version, check_domain, open_store
+from mlx_impl.store import Store, open_store
 from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.versions import Version, check_domain
 from mlx_impl.windows import evaluation_windows
 
 KEPT = 8

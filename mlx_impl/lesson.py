@@ -29,9 +29,10 @@ from mlx_impl.past import Past, hold, recall
 from mlx_impl.readers import Document
 from mlx_impl.router import Router, count_tokens
 from mlx_impl.session import BACKWARD, Session
-from mlx_impl.store import HeldOut, Store, Version
+from mlx_impl.store import Store
 from mlx_impl.tokenizer import Tokenizer
 from mlx_impl.turns import as_answers
+from mlx_impl.versions import HeldOut, Version
 
 HELD_OUT_FROM = 2000
 """Tokens from which a lesson holds a part out; a smaller one is measured on its own text and says so."""

@@ -34,7 +34,8 @@ from mlx_impl.model import ContinualLLM
 from mlx_impl.past import measured_fisher
 from mlx_impl.replay import ReplayBuffer, Window, unpack
 from mlx_impl.router import count_tokens
-from mlx_impl.store import Replay, Version, check_domain, open_store
+from mlx_impl.store import open_store
+from mlx_impl.versions import Replay, Version, check_domain
 from mlx_impl.windows import Batch, Windows
 
 ADAPTER, REPLAY, EWC, TRAINING, SETTINGS = (

@@ -24,7 +24,8 @@ from mlx_impl.ewc import calibrated, consolidate, ewc_penalty, fisher_diagonal, 
 from mlx_impl.loss import summed_divergence
 from mlx_impl.replay import ReplayBuffer, Window, pack, unpack
 from mlx_impl.reservoirs import window_id
-from mlx_impl.store import Replay, Store, Version
+from mlx_impl.store import Store
+from mlx_impl.versions import Replay, Version
 from mlx_impl.windows import Windows
 
 FISHER_SHARE = 0.08

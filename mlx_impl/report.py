@@ -25,7 +25,8 @@ from mlx_impl.matrix import ForgettingMatrix
 from mlx_impl.ngrams import TOLD
 from mlx_impl.router import DOCUMENT_PREFIX
 from mlx_impl.statistics import Floats, Interval
-from mlx_impl.store import Store, Version
+from mlx_impl.store import Store
+from mlx_impl.versions import Version
 from mlx_impl.windows import Batch, evaluation_windows
 
 Event = dict[str, Any]

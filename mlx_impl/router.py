@@ -23,8 +23,9 @@ from mlx_impl.adapters import STATE, Statistics, read_statistics
 from mlx_impl.base import BaseModel
 from mlx_impl.errors import DamagedFileError, InputError
 from mlx_impl.loss import cross_entropy
-from mlx_impl.store import Store, Version
+from mlx_impl.store import Store
 from mlx_impl.tokenizer import Tokenizer
+from mlx_impl.versions import Version
 
 Floats = NDArray[np.float64]
 

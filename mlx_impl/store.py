@@ -8,15 +8,12 @@ their files and rows are checked when they are read. Imports no MLX: arrays are 
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,96 +21,28 @@ import numpy as np
 
 from mlx_impl import files, modeldir
 from mlx_impl.data import Tokens
-from mlx_impl.database import Database
+from mlx_impl.database import DATABASE, Database
 from mlx_impl.errors import DamagedFileError, InputError, MiniMacError
 from mlx_impl.reservoirs import window_id
 from mlx_impl.tokenizer import tokenizer_file
+from mlx_impl.versions import (
+    HeldOut,
+    Replay,
+    Version,
+    check_domain,
+    digest_of,
+    is_domain,
+    is_version,
+    mapping,
+    version_name,
+)
 
 _COLUMNS = "domain, number, parent, depth, source, created, config, figures, files, rows, sha256"
-_DATABASE = "learner.sqlite"
 _LOCK = ".lock"
 
 PENDING = ".pending"
 """Lies in a version's folder until its row is committed, and again before that is deleted: without one nothing is
 swept."""
-
-
-def check_domain(name: str) -> str:
-    """The name itself, if it can be a folder everywhere; InputError says what is allowed."""
-    if not _is_domain(name):
-        raise InputError(
-            f"{name!r} cannot name a domain: up to 64 of a-z, 0-9, dot, dash and underscore, first a letter or digit"
-        )
-    if name in ("auto", "none") or name.startswith(_DATABASE):
-        raise InputError(f"{name!r} cannot name a domain: the word has another meaning here; choose another")
-    return name
-
-
-def _is_domain(name: str) -> bool:
-    return re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) is not None
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Tokens kept from a lesson's text for measuring: ids (N,) int32, trained (N,) bool or None for all."""
-
-    ids: np.ndarray
-    trained: np.ndarray | None
-    documents: int
-    bytes: int
-
-    def digest(self) -> str:
-        """Of all four."""
-        trained = b"" if self.trained is None else self.trained.astype(np.uint8).tobytes()
-        return _digest(self.ids.astype("<i4").tobytes(), trained, self.documents, self.bytes)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A replay buffer as `ReplayBuffer.membership` gives it, and packed windows (n + 1,) int32 under their ids.
-
-    A commit gets the windows that are new, reading gives all that the buffer holds.
-    """
-
-    counters: dict[str, Any]
-    ids: np.ndarray  # (N, 16) uint8
-    priorities: np.ndarray  # (N,) float64
-    windows: dict[bytes, np.ndarray]
-
-    def digest(self) -> str:
-        """Of all but the windows, whose ids are hashes of them."""
-        counters = json.dumps(self.counters, sort_keys=True, allow_nan=False)
-        return _digest(counters, self.ids.astype(np.uint8).tobytes(), self.priorities.astype("<f8").tobytes())
-
-
-@dataclass(frozen=True)
-class Version:
-    """One committed lesson. `depth` counts the lessons on the way to it; `number` names its folder for good.
-
-    `parent` is the number of the version it stands on, which may have been pruned since; None for a first lesson.
-    `files` maps names to sha256, `rows` the tables `heldout` and `replay` to digests of what they hold of the version;
-    it is None where a program wrote them that did not record any.
-    """
-
-    domain: str
-    number: int
-    parent: int | None
-    depth: int
-    source: str
-    created: str
-    config: dict[str, Any]
-    figures: dict[str, Any]
-    files: dict[str, str]
-    rows: dict[str, str] | None = None
-
-    @property
-    def name(self) -> str:
-        """Folder name, v0001 and so on."""
-        return version_name(self.number)
-
-    def as_json(self) -> dict[str, Any]:
-        """What `list --json` and `log --json` print of a lesson."""
-        return {"version": self.name, "source": self.source, "created": self.created, **self.figures}
 
 
 class Store:
@@ -125,7 +54,7 @@ class Store:
 
     def __init__(self, folder: Path, base: str, tokenizer: str) -> None:
         self.folder = folder
-        self.database = Database(folder / _DATABASE, base, tokenizer)
+        self.database = Database(folder / DATABASE, base, tokenizer)
         if self.database.exists():
             self.database.check()
 
@@ -228,7 +157,7 @@ class Store:
             try:
                 ids = np.frombuffer(row[1], np.uint8).reshape(-1, 16)
                 windows = {id.tobytes(): np.frombuffer(stored[id.tobytes()], "<i4").astype(np.int32) for id in ids}
-                found = Replay(_mapping(row[0]), ids, np.frombuffer(row[2], "<f8"), windows)
+                found = Replay(mapping(row[0]), ids, np.frombuffer(row[2], "<f8"), windows)
             except KeyError as error:
                 raise self.damaged(version, f"its replay buffer lacks window {error.args[0].hex()}") from None
             except (ValueError, TypeError) as error:
@@ -357,7 +286,7 @@ class Store:
         others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
         if others:
             raise InputError(
-                f"{self.folder} holds {others[0]} but no {_DATABASE}; lessons need a folder of their own, see --store"
+                f"{self.folder} holds {others[0]} but no {DATABASE}; lessons need a folder of their own, see --store"
             )
         return True
 
@@ -396,7 +325,7 @@ class Store:
         row = [*place, source, created, *documents]
         with self.database.connected() as db, db:  # the second: one transaction
             marks = ", ".join("?" * (len(row) + 1))
-            db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES ({marks})", [*row, _digest(*row)])
+            db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES ({marks})", [*row, digest_of(*row)])
             if heldout is not None:
                 trained = None if heldout.trained is None else heldout.trained.astype(np.uint8).tobytes()
                 kept = (domain, number, heldout.ids.astype("<i4").tobytes(), trained, heldout.documents, heldout.bytes)
@@ -479,7 +408,7 @@ class Store:
     def _erase(self, domain: str) -> None:
         """Remove a domain's rows without a trace, then its folders, also those of a lesson that no row knows."""
         others = (path.parent for path in (self.folder / domain).glob("v*/adapters.safetensors"))
-        self._mark([*map(self._folder, self.versions(domain)), *(path for path in others if _is_version(path.name))])
+        self._mark([*map(self._folder, self.versions(domain)), *(path for path in others if is_version(path.name))])
         self.database.erase(domain)
         self._sweep()
         files.fsync(self.folder)
@@ -505,9 +434,9 @@ class Store:
             self.database.sweep()  # checks it too: another process may have begun it
         files.sweep(self.folder)
         known = {(v.domain, v.name) for v in self.versions()}
-        for domain in [path for path in self.folder.iterdir() if _is_domain(path.name) and path.is_dir()]:
+        for domain in [path for path in self.folder.iterdir() if is_domain(path.name) and path.is_dir()]:
             files.sweep(domain)
-            for folder in [path for path in domain.iterdir() if _is_version(path.name) and not path.is_symlink()]:
+            for folder in [path for path in domain.iterdir() if is_version(path.name) and not path.is_symlink()]:
                 unknown = (domain.name, folder.name) not in known
                 if (folder / PENDING).is_file():
                     _remove(folder) if unknown else (folder / PENDING).unlink()
@@ -519,9 +448,9 @@ class Store:
 
     def _remove_unused(self, keep_folder: bool) -> None:
         """Remove database and lock, which is held, if there is no lesson; the folder too if nothing is left in it."""
-        ours = [self.folder / name for name in (f"{_DATABASE}-journal", _DATABASE, _LOCK)]
+        ours = [self.folder / name for name in (f"{DATABASE}-journal", DATABASE, _LOCK)]
         others = [path for path in self.folder.iterdir() if path not in ours]
-        if self.versions() or any(_is_domain(path.name) for path in others):
+        if self.versions() or any(is_domain(path.name) for path in others):
             return
         for path in ours:
             path.unlink(missing_ok=True)
@@ -538,35 +467,14 @@ class Store:
         found = []
         for *row, digest in rows:
             where = f"version {row[1]} of {row[0]}"
-            if digest is not None and digest != _digest(*row):
+            if digest is not None and digest != digest_of(*row):
                 raise self.database.damaged(f"{where} has changed since it was learned")
             try:
-                documents = [None if text is None else _mapping(text) for text in row[6:]]
+                documents = [None if text is None else mapping(text) for text in row[6:]]
                 found.append(Version(*row[:6], *documents))
             except (ValueError, TypeError) as error:
                 raise self.database.damaged(f"{where}: {error}") from None
         return found
-
-
-def _digest(*parts: object) -> str:
-    """Sha256 of numbers, texts and bytes, each with its length before it."""
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass")
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    """The JSON object in a column; ValueError or TypeError for anything else."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise TypeError(f"a JSON object was expected, this is a {type(value).__name__}")
-    return value
-
-
-def _is_version(name: str) -> bool:
-    return re.fullmatch(r"v\d{4,}", name) is not None
 
 
 def _remove(folder: Path) -> None:
@@ -590,15 +498,3 @@ def _drop_unused_windows(db: sqlite3.Connection, domain: str) -> None:
 def open_store(model: Path, folder: Path | None = None) -> Store:
     """The lessons of a model directory, kept in `folder` or in the directory's `learner`."""
     return Store(folder or model / "learner", modeldir.identity(model), files.sha256(tokenizer_file(model)))
-
-
-def version_name(number: int) -> str:
-    """v0002 for 2."""
-    return f"v{number:04d}"
-
-
-def version_number(name: str) -> int:
-    """2 for "v0002" and for "2"; InputError for anything else."""
-    if not re.fullmatch(r"v?\d{1,9}", name):
-        raise InputError(f"{name!r} is no version; they are called v0001, v0002 and so on")
-    return int(name.removeprefix("v"))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mlx_impl import files, modeldir
 from mlx_impl.errors import DamagedFileError, InputError
-from mlx_impl.store import Store, Version, open_store
+from mlx_impl.store import Store, open_store
+from mlx_impl.versions import Version
 
 
 @dataclass

@@ -25,7 +25,7 @@ from mlx_impl.past import best_version, hold, measured_fisher, recall
 from mlx_impl.readers import text_document
 from mlx_impl.replay import unpack
 from mlx_impl.reservoirs import window_id
-from mlx_impl.store import Version
+from mlx_impl.versions import Version
 
 PLAIN: dict[str, Any] = {"replay_ratio": 0.0, "use_ewc": False}
 STEPS = Budget(steps=4)

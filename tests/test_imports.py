@@ -37,6 +37,7 @@ ORDER = [
     "pull",
     "database",
     "reservoirs",
+    "versions",
     "store",
     "verify",
     "matrix",

@@ -23,7 +23,8 @@ import pytest
 
 from mlx_impl import database, files, verify
 from mlx_impl.errors import DamagedFileError, InputError, LockedError, MiniMacError
-from mlx_impl.store import HeldOut, Store, Version, check_domain, version_number
+from mlx_impl.store import Store
+from mlx_impl.versions import HeldOut, Version, check_domain, version_number
 
 HELD = HeldOut(np.arange(7, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1, 1], bool), 2, 19)
 

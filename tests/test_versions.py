@@ -23,8 +23,8 @@ from mlx_impl.adapters import read_adapter, read_statistics
 from mlx_impl.config import Budget
 from mlx_impl.errors import InputError, LockedError
 from mlx_impl.learner import ContinualLearner
-from mlx_impl.store import HeldOut
 from mlx_impl.verify import verify
+from mlx_impl.versions import HeldOut
 
 
 @pytest.fixture

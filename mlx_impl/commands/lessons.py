@@ -102,7 +102,8 @@ def undo(
       minimac-mlx undo medical --to v0002
     """
     from mlx_impl.results import undo_record, undo_text
-    from mlx_impl.store import open_store, version_number
+    from mlx_impl.store import open_store
+    from mlx_impl.versions import version_number
 
     lessons = open_store(model_directory(model), store)
     number = version_number(to) if to is not None else None
